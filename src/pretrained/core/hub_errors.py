@@ -69,6 +69,11 @@ def explain(
     return FileError(what, where=where, found=f"{fault.first_line} ({_token_state(options)})", mend=mend)
 
 
+def first_line(error: Exception) -> str:
+    """The root cause of an exception in one line."""
+    return _read(error).first_line
+
+
 def _refusal(
     fault: _Fault, repo_id: str, options: HubOptions, file: str | None, hint: str
 ) -> tuple[str, str] | None:
