@@ -1,0 +1,496 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading: decide in the core, then build empty, stream, assign, tie and audit.
+
+`from_pretrained` is the path that every source takes: safetensors, PyTorch files, GGUF, state dicts.
+What differs between them is the `read` function that turns a planned step into a tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from pretrained.arch.gguf import gguf_config, gguf_key_map
+from pretrained.core.checkpoint import Checkpoint, TensorInfo
+from pretrained.core.config import PreTrainedConfig, read_json_object
+from pretrained.core.dtypes import floating_dtype_name
+from pretrained.core.files import find_weights, open_checkpoint
+from pretrained.core.generation_config import GenerationConfig
+from pretrained.core.hub import Source, resolve
+from pretrained.core.options import LoadOptions
+from pretrained.core.plan import LoadPlan, LoadPolicy, MappedTensor, plan_load
+from pretrained.core.progress import reporting
+from pretrained.core.report import LoadReport
+from pretrained.core.skeleton import ParamSpec, Skeleton
+from pretrained.errors import ArgumentError, CheckpointError, NotYetError, PlacementError, UnknownArgumentError
+from pretrained.torch.initialise import initialise_missing
+from pretrained.torch.tensors import TORCH_DTYPES, dtype_name_of, mapped_reader, state_dict_reader
+
+logger = logging.getLogger(__name__)
+
+# The page this library implements: "models normally come up in float32", and "auto" is asked for.
+DEFAULT_DTYPE = "float32"
+
+Model = TypeVar("Model", bound=Any)
+Read = Callable[[TensorInfo, Callable[[Any], Any] | None, torch.dtype, torch.device], torch.Tensor]
+
+
+def from_pretrained(cls: type[Model], path: str | Path | None, *model_args: Any, **kwargs: Any) -> Any:
+    """Load a model; `PreTrainedModel.from_pretrained` documents the arguments.
+
+    Args:
+        cls: Model class.
+        path: Hub id, folder, weights file, or None.
+        *model_args: For the constructor.
+        **kwargs: Options, config overrides and constructor arguments.
+    """
+    started = time.perf_counter()
+    options = LoadOptions.take(kwargs)
+    device = _single_device(options.device_map)
+    check_dtype(options.dtype)
+    source = _source(path, options)
+    checkpoint = _open(source, options)
+    config, kwargs = _config(cls, source, checkpoint, options, kwargs)
+    dtype = resolve_dtype(options.dtype, config, checkpoint)
+    model = build_empty(cls, config, *model_args, **kwargs)
+    model.name_or_path = "" if path is None else str(path)
+    plan = plan_load(
+        checkpoint,
+        skeleton_of(model),
+        policy_of(model, options, dtype),
+        layouts=_layouts(checkpoint, config),
+        source=path,
+    )
+    read = state_dict_reader(options.state_dict) if options.state_dict is not None else None
+    execute(model, plan, device, read or mapped_reader(copy_all=options.disable_mmap), options.progress)
+    config.dtype = dtype_name_of(model.dtype)
+    model.generation_config = _generation_config(model, source, options)
+    model.eval()
+    if options.device_map is not None:
+        model.hf_device_map = {"": _map_entry(device)}
+    report = LoadReport(
+        model=cls.__name__,
+        source=str(path) if path is not None else "state_dict",
+        missing=plan.missing,
+        unexpected=plan.unexpected,
+        mismatched=plan.mismatched,
+        dropped=plan.dropped,
+        dtypes=plan.dtypes,
+        nbytes_read=plan.nbytes_to_read,
+        load_s=time.perf_counter() - started,
+    )
+    model.load_report = report
+    _log(report, options)
+    return (model, report.loading_info()) if options.output_loading_info else model
+
+
+def from_config(
+    cls: type[Model],
+    config: PreTrainedConfig,
+    *model_args: Any,
+    dtype: Any = None,
+    torch_dtype: Any = None,
+    attn_implementation: str | None = None,
+    **kwargs: Any,
+) -> Model:
+    """Build a model with new weights; `PreTrainedModel._from_config` documents the arguments."""
+    config = copy.deepcopy(config)
+    if attn_implementation is not None:
+        config.update({"attn_implementation": attn_implementation})
+    dtype = torch_dtype if dtype is None else dtype
+    check_dtype(dtype)
+    wanted = config.dtype if dtype in (None, "auto") else floating_dtype_name(str(dtype))
+    model = build_empty(cls, config, *model_args, **kwargs)
+    skeleton = skeleton_of(model)
+    # Every weight is missing from a checkpoint that does not exist: the same plan, the same executor.
+    policy = policy_of(model, LoadOptions(allow_missing=True), wanted or DEFAULT_DTYPE)
+    plan = plan_load(Checkpoint({}, (), "none"), skeleton, policy)
+    execute(model, plan, torch.get_default_device(), state_dict_reader({}), False, dtype=wanted)
+    config.dtype = dtype_name_of(model.dtype)
+    return model.train()
+
+
+def build_empty(cls: type[Model], config: PreTrainedConfig, *args: Any, **kwargs: Any) -> Model:
+    """Build a model whose parameters have shapes and no memory.
+
+    Args:
+        cls: Model class.
+        config: Its configuration.
+        *args: Further constructor arguments.
+        **kwargs: Further constructor arguments by name.
+
+    Raises:
+        UnknownArgumentError: the constructor does not take one of them.
+    """
+    try:
+        # torch keeps this context for each thread, so loads in other threads are not touched.
+        with torch.device("meta"):
+            return cls(config, *args, **kwargs)
+    except TypeError as error:
+        if kwargs and "unexpected keyword argument" in str(error):
+            raise UnknownArgumentError(
+                f"{cls.__name__} does not know the argument {next(iter(kwargs))!r}",
+                where=", ".join(kwargs),
+                mend="It is neither an option of from_pretrained, nor in the config, nor in the constructor.",
+            ) from error
+        raise
+
+
+def skeleton_of(module: nn.Module) -> Skeleton:
+    """Return what a module promises to hold: its parameters and saved buffers, with its ties.
+
+    Args:
+        module: Any module, with or without memory.
+    """
+    params: dict[str, ParamSpec] = {}
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+            key = f"{prefix}.{name}" if prefix else name
+            params[key] = ParamSpec(key, tuple(parameter.shape))
+        for name, buffer in part.named_buffers(recurse=False, remove_duplicate=False):
+            if name not in part._non_persistent_buffers_set:
+                key = f"{prefix}.{name}" if prefix else name
+                params[key] = ParamSpec(key, tuple(buffer.shape), is_buffer=True)
+    ties = module.ties() if hasattr(module, "ties") else {}
+    return Skeleton(params, {alias: owner for alias, owner in ties.items() if alias in params})
+
+
+def policy_of(model: Any, options: LoadOptions, dtype: str | None) -> LoadPolicy:
+    """Return the planner's view of a model class and a call.
+
+    Args:
+        model: A model, with or without memory.
+        options: The call's wishes.
+        dtype: Name of the dtype to load as; None keeps each tensor's own.
+    """
+    return LoadPolicy(
+        dtype=dtype,
+        keep_fp32=tuple(model._keep_in_fp32_modules or ()),
+        keep_fp32_strict=tuple(model._keep_in_fp32_modules_strict or ()),
+        ignore_mismatched_sizes=options.ignore_mismatched_sizes,
+        optional=tuple(model._optional_weights),
+        silent_missing=tuple(model._keys_to_ignore_on_load_missing or ()),
+        silent_unexpected=tuple(model._keys_to_ignore_on_load_unexpected or ()),
+        key_mapping=options.key_mapping,
+        rules=tuple(model.key_rules),
+        base_prefix=model.base_model_prefix,
+        allow_missing=options.allow_missing,
+    )
+
+
+def execute(
+    model: Any,
+    plan: LoadPlan,
+    device: torch.device,
+    read: Read,
+    progress: Any = None,
+    *,
+    dtype: str | None = None,
+) -> None:
+    """Carry a plan out on a model built empty.
+
+    Args:
+        model: Built by `build_empty`; changed in place.
+        plan: What to do.
+        device: Where the weights go.
+        read: Reads one tensor.
+        progress: As `LoadOptions.progress`.
+        dtype: Dtype of weights that are initialised; None for the one most loaded weights have.
+    """
+    done = 0
+    with reporting(progress, plan.nbytes_to_read, "loading") as report:
+        for step in plan.steps:
+            tensor = read(step.source, step.apply, TORCH_DTYPES[step.dtype], device)
+            assign(model, step.key, tensor)
+            done += step.source.nbytes
+            report(done, plan.nbytes_to_read, "loading")
+    new = [key for key in plan.initialise if key not in plan.ties]
+    _allocate(model, new, device, TORCH_DTYPES[dtype or _usual_dtype(plan)])
+    _fill_derived_buffers(model, device)
+    model.tie_weights()
+    initialise_missing(model, new)
+    _audit(model, new)
+    for module in model.modules():
+        module._initialised = True
+
+
+def assign(model: nn.Module, key: str, tensor: torch.Tensor) -> None:
+    """Put a tensor where a key says, keeping whether it is trained.
+
+    Args:
+        model: The model.
+        key: Name of a parameter or buffer.
+        tensor: Its values.
+    """
+    path, _, name = key.rpartition(".")
+    module = model.get_submodule(path)
+    old = module._parameters.get(name)
+    if old is not None:
+        trained = old.requires_grad and tensor.is_floating_point()
+        module._parameters[name] = nn.Parameter(tensor, requires_grad=trained)
+    else:
+        module._buffers[name] = tensor
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise for a dtype argument that cannot be meant, before anything is read.
+
+    Args:
+        dtype: As the user gave it.
+    """
+    if dtype is not None and dtype != "auto":
+        floating_dtype_name(str(dtype))
+
+
+def resolve_dtype(wanted: Any, config: PreTrainedConfig, checkpoint: Checkpoint) -> str | None:
+    """Return the name of the dtype to load as.
+
+    Args:
+        wanted: None for `DEFAULT_DTYPE`; ``"auto"`` for the config's, else that of the first floating
+            tensor in the files; or a dtype in any spelling.
+        config: The model's configuration.
+        checkpoint: What the files hold.
+    """
+    if wanted is None:
+        return DEFAULT_DTYPE
+    if wanted != "auto":
+        return floating_dtype_name(str(wanted))
+    if checkpoint.format == "gguf":
+        return DEFAULT_DTYPE
+    if config.dtype is not None:
+        return config.dtype
+    floating = (info.dtype for info in checkpoint.tensors.values() if "float" in info.dtype)
+    return next(floating, DEFAULT_DTYPE)
+
+
+# -- where things come from ----------------------------------------------------------------------
+
+
+def _source(path: str | Path | None, options: LoadOptions) -> Source | None:
+    if path is None:
+        if options.state_dict is None or options.config is None:
+            raise ArgumentError(
+                "Nothing to load from",
+                where="pretrained_model_name_or_path",
+                found=None,
+                mend="Pass a name or path, or both config= and state_dict=.",
+            )
+        return None
+    if options.state_dict is not None and options.gguf_file is not None:
+        raise ArgumentError("state_dict and gguf_file both give the weights", where="state_dict, gguf_file")
+    return resolve(path, options.hub)
+
+
+def _open(source: Source | None, options: LoadOptions) -> Checkpoint:
+    """Read the headers of the weights, whatever holds them."""
+    if options.state_dict is not None:
+        return _state_dict_checkpoint(options.state_dict)
+    assert source is not None
+    if source.kind == "file" and source.path is not None and source.path.name != "config.json":
+        checkpoint = open_checkpoint(source.path)
+    else:
+        wishes = {
+            "variant": options.variant,
+            "use_safetensors": options.use_safetensors,
+            "gguf_file": options.gguf_file,
+        }
+        checkpoint = open_checkpoint(find_weights(source.weights_folder(**wishes), **wishes))
+    if checkpoint.framework in ("tf", "flax"):
+        raise NotYetError(
+            f"These weights were written by {checkpoint.framework}, which lays tensors out differently",
+            where=checkpoint.files[0],
+            mend="Reading them in PyTorch comes with that backend's release.",
+        )
+    if checkpoint.framework not in (None, "pt", "mlx", "np"):
+        raise CheckpointError(
+            "The file says it was written for a framework that is not known here",
+            where=checkpoint.files[0],
+            expected="metadata format 'pt'",
+            found=repr(checkpoint.framework),
+            mend="Write the file again with its format metadata set to 'pt' if its layout is PyTorch's.",
+        )
+    return checkpoint
+
+
+def _state_dict_checkpoint(state_dict: Mapping[str, torch.Tensor]) -> Checkpoint:
+    infos = {}
+    for key, tensor in state_dict.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ArgumentError(
+                "A value of state_dict is not a tensor", where=f"state_dict[{key!r}]", found=type(tensor).__name__
+            )
+        nbytes = tensor.numel() * tensor.element_size()
+        infos[key] = TensorInfo(key, dtype_name_of(tensor.dtype), tuple(tensor.shape), Path("state_dict"), 0, nbytes)
+    return Checkpoint(infos, (), "state_dict")
+
+
+def _config(
+    cls: type[Any], source: Source | None, checkpoint: Checkpoint, options: LoadOptions, kwargs: dict[str, Any]
+) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """Return the config, and the arguments that are left for the constructor."""
+    config = options.config
+    if isinstance(config, PreTrainedConfig):
+        config, rest = copy.deepcopy(config), kwargs
+    elif config is not None:
+        config, rest = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **kwargs)
+    else:
+        assert source is not None
+        values = _config_values(source, checkpoint)
+        values["_name_or_path"] = source.name
+        config, rest = cls.config_class.from_dict(values, return_unused_kwargs=True, **kwargs)
+    if options.attn_implementation is not None:
+        config.update({"attn_implementation": options.attn_implementation})
+    return config, rest
+
+
+def _config_values(source: Source, checkpoint: Checkpoint) -> dict[str, Any]:
+    if checkpoint.format == "gguf":
+        return gguf_config(checkpoint.metadata, checkpoint.tensors)
+    file = source.require("config.json")
+    return read_json_object(file)
+
+
+def _layouts(checkpoint: Checkpoint, config: PreTrainedConfig) -> Mapping[str, MappedTensor] | None:
+    return gguf_key_map(checkpoint.metadata, checkpoint.tensors) if checkpoint.format == "gguf" else None
+
+
+def _generation_config(model: Any, source: Source | None, options: LoadOptions) -> Any:
+    if not model.can_generate():
+        return None
+    if options.generation_config is not None:
+        return options.generation_config
+    file = None if source is None else source.file("generation_config.json", required=False)
+    if file is None:
+        return GenerationConfig.from_model_config(model.config)
+    return GenerationConfig.from_dict(read_json_object(file))
+
+
+# -- where things go -----------------------------------------------------------------------------
+
+
+def _single_device(device_map: Any) -> torch.device:
+    """Return the one device that a map names; several come with the release of placement."""
+    if device_map is None:
+        device = torch.get_default_device()
+        if device.type == "meta":
+            raise ArgumentError(
+                "Weights cannot be loaded inside torch.device('meta')",
+                where="torch.device context",
+                mend="Leave the context, or pass device_map='cpu'.",
+            )
+        return device
+    if isinstance(device_map, Mapping):
+        homes = set(map(str, device_map.values()))
+        if set(device_map) != {""} and len(homes) != 1:
+            raise _placement_later(device_map)
+        device_map = next(iter(device_map.values()))
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        if torch.cuda.device_count() == 1 and device_map == "auto":
+            return torch.device("cuda:0")
+        raise _placement_later(device_map)
+    if device_map == "disk":
+        raise _placement_later(device_map)
+    if isinstance(device_map, bool) or (isinstance(device_map, int) and device_map < 0):
+        raise PlacementError("A device index is a number from 0 on", where="device_map", found=device_map)
+    return _device(device_map)
+
+
+def _device(name: Any) -> torch.device:
+    try:
+        device = torch.device(f"cuda:{name}" if isinstance(name, int) else name)
+    except (RuntimeError, TypeError) as error:
+        raise PlacementError(
+            f"Unknown device {name!r}",
+            where="device_map",
+            expected="'auto', 'cpu', 'cuda', 'cuda:0', a number, or {'': one of these}",
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PlacementError(
+            "There is no such device here",
+            where="device_map",
+            expected="cpu",
+            found=str(device),
+            mend="Pass device_map='cpu' or 'auto', or install a PyTorch build for your accelerator.",
+        )
+    return device
+
+
+def _placement_later(device_map: Any) -> NotYetError:
+    return NotYetError(
+        f"device_map={device_map!r} places a model over several devices, which is not offered yet",
+        where="device_map",
+        mend="It comes with the release of placement; pass one device, such as 'cpu' or 'cuda:0'.",
+    )
+
+
+def _map_entry(device: torch.device) -> int | str:
+    return device.index or 0 if device.type == "cuda" else str(device)
+
+
+# -- after the bytes -----------------------------------------------------------------------------
+
+
+def _usual_dtype(plan: LoadPlan) -> str:
+    counts: dict[str, int] = {}
+    for (_, loaded), count in plan.dtypes.items():
+        counts[loaded] = counts.get(loaded, 0) + count
+    floating = {name: count for name, count in counts.items() if TORCH_DTYPES[name].is_floating_point}
+    return max(floating, key=lambda name: floating[name], default=DEFAULT_DTYPE)
+
+
+def _allocate(model: nn.Module, keys: Iterable[str], device: torch.device, dtype: torch.dtype) -> None:
+    """Give weights that are to be initialised memory, with a first element that shows if none does it."""
+    for key in keys:
+        path, _, name = key.rpartition(".")
+        module = model.get_submodule(path)
+        old = module._parameters.get(name, module._buffers.get(name))
+        assert old is not None
+        tensor = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype, device=device)
+        if tensor.numel() and tensor.is_floating_point():
+            tensor.view(-1)[0] = float("nan")
+        assign(model, key, tensor)
+
+
+def _fill_derived_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        if hasattr(module, "init_buffers"):
+            module.init_buffers(device)
+
+
+def _audit(model: nn.Module, initialised: Iterable[str]) -> None:
+    """Raise where anything is left without values; a load never ends in chance numbers."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    left = [name for name, tensor in tensors if tensor.is_meta]
+    for key in initialised:
+        path, _, name = key.rpartition(".")
+        module = model.get_submodule(path)
+        tensor = module._parameters.get(name, module._buffers.get(name))
+        if tensor is not None and tensor.numel() and bool(tensor.detach().view(-1)[0].isnan()):
+            left.append(key)
+    if left:
+        raise ArgumentError(
+            f"{type(model).__name__} does not say how to initialise {left[0]!r}",
+            where=", ".join(left[:10]),
+            mend="Handle its module in _init_weights(module), or give the module that owns a derived "
+            "buffer a method init_buffers(device).",
+        )
+
+
+def _log(report: LoadReport, options: LoadOptions) -> None:
+    if not report.is_plain:
+        logger.warning("%s", report)
+    narrow = {stored for stored, loaded in report.dtypes if loaded == "float32" and stored in ("bfloat16", "float16")}
+    if options.dtype is None and narrow:
+        logger.warning(
+            "The file's %s weights were loaded as float32, twice their size; pass dtype='auto' to keep them.",
+            " and ".join(sorted(narrow)),
+        )
