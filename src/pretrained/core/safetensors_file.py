@@ -14,7 +14,13 @@ from typing import Any, BinaryIO, Final
 
 from pretrained.core.checkpoint import Checkpoint, TensorInfo
 from pretrained.core.dtypes import BY_SAFETENSORS_NAME, DType
-from pretrained.core.untrusted import DOWNLOAD_AGAIN, describe_start, open_regular, parse_json_object
+from pretrained.core.untrusted import (
+    DOWNLOAD_AGAIN,
+    describe_start,
+    open_regular,
+    parse_json_object,
+    read_at,
+)
 from pretrained.errors import CheckpointError
 
 MAX_HEADER_BYTES: Final = 100_000_000
@@ -61,7 +67,7 @@ def read_safetensors_header(file: Path) -> Checkpoint:
 
 def _read_raw_header(opened: BinaryIO, *, file: Path, size: int) -> tuple[bytes, int]:
     """Return the header's JSON bytes and where the data starts."""
-    start = _read_exactly(opened, min(size, 32))
+    start = read_at(opened, 0, 32)
     if size < 8:
         raise CheckpointError(
             "This is not a safetensors file: it is too short to hold a header",
@@ -87,20 +93,7 @@ def _read_raw_header(opened: BinaryIO, *, file: Path, size: int) -> tuple[bytes,
             found=f"{size} bytes",
             mend=DOWNLOAD_AGAIN,
         )
-    opened.seek(8)
-    return _read_exactly(opened, length), 8 + length
-
-
-def _read_exactly(opened: BinaryIO, count: int) -> bytes:
-    """Read until `count` bytes have come; an unbuffered read may return fewer at a time."""
-    parts = []
-    while count > 0:
-        part = opened.read(count)
-        if not part:
-            break
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)
+    return read_at(opened, 8, length), 8 + length
 
 
 def _check_metadata(value: Any, *, file: Path) -> dict[str, str]:

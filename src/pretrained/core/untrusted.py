@@ -64,6 +64,22 @@ def open_regular(file: Path) -> Iterator[tuple[BinaryIO, int]]:
         yield opened, os.fstat(opened.fileno()).st_size
 
 
+def read_at(opened: BinaryIO, offset: int, count: int) -> bytes:
+    """Read `count` bytes at `offset`, or what the file has of them.
+
+    Args:
+        opened: A file from `open_regular`; one unbuffered read may return fewer bytes than asked for.
+        offset: First byte, from the start of the file.
+        count: How many bytes.
+    """
+    opened.seek(offset)
+    parts = []
+    while count > 0 and (part := opened.read(count)):
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
 def parse_json_object(data: bytes, *, where: object, what: str) -> dict[str, Any]:
     """Parse a JSON object strictly.
 
