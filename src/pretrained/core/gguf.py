@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from pretrained.core.checkpoint import Checkpoint, TensorInfo
 from pretrained.core.ggml import BLOCK_TYPES, BY_TYPE_ID, dequantize
+from pretrained.core.untrusted import DOWNLOAD_AGAIN, describe_start, open_regular, read_at
 from pretrained.errors import CheckpointError, FileError
 
 _MAGIC = b"GGUF"
@@ -38,8 +39,8 @@ _SPLIT_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 _MAX_KEY = 65535  # bytes; the specification's limit
 _MAX_AXES = 4  # GGML_MAX_DIMS
 _MAX_NESTING = 4
-_DOWNLOAD_AGAIN = "The file is incomplete or damaged: download it again."
-_DAMAGED = "The file is damaged or not a GGUF file: download it again."
+_LEAST_HEADER = 4 + 4 + 8 + 8
+_FORERUNNERS = (b"tjgg", b"fmgg", b"lmgg", b"algg")  # ggjt, ggmf, ggml, ggla as little-endian numbers
 
 # enum gguf_metadata_value_type.
 _BOOL, _STRING, _ARRAY = 7, 8, 9
@@ -84,36 +85,42 @@ def read_gguf(file: Path) -> Checkpoint:
             contradicts itself.
     """
     checkpoint = _read_file(Path(file))
+    count = checkpoint.metadata.get("split.count", 0)
+    if type(count) is not int:
+        _fail(checkpoint.files[0], "'split.count' cannot be used", "an integer", count)
     # llama.cpp leaves a count of 0 in a file that it has merged from parts.
-    if checkpoint.metadata.get("split.count", 0) in (0, 1):
-        return checkpoint
-    return _read_split(checkpoint)
+    return checkpoint if count in (0, 1) else _read_split(checkpoint, count)
 
 
 def _read_file(file: Path) -> Checkpoint:
-    try:
-        with file.open("rb") as stream:
-            size = stream.seek(0, 2)
-            if size < len(_MAGIC) + 20:
-                _fail(file, "The file is too short for a GGUF header", "24 bytes", f"{size} bytes")
-            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Header(file, data).read()
-    except FileNotFoundError as error:
-        raise FileError("There is no such file", where=file, mend="Check the path.") from error
-    except (IsADirectoryError, PermissionError) as error:
-        raise FileError("The file cannot be opened", where=file, found=error.strerror) from error
+    with open_regular(file) as (opened, size):
+        start = read_at(opened, 0, 32)
+        if start[:4] != _MAGIC:
+            _refuse_start(file, start)
+        if size < _LEAST_HEADER:
+            _fail(file, "The file ends inside its header", f"at least {_LEAST_HEADER} bytes", f"{size} bytes")
+        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Header(file, data).read()
 
 
-def _read_split(part: Checkpoint) -> Checkpoint:
+def _refuse_start(file: Path, start: bytes) -> NoReturn:
+    mend = DOWNLOAD_AGAIN
+    found = describe_start(start)
+    if start[:4] in _FORERUNNERS:
+        found = "a file of the formats before GGUF"
+        mend = "Convert the model again with a current llama.cpp."
+    _fail(file, "This is not a GGUF file", "one that begins with b'GGUF'", found, mend)
+
+
+def _read_split(part: Checkpoint, count: int) -> Checkpoint:
     """Read all files of a model, given one of them; the first holds the model's metadata."""
     (file,) = part.files
-    count = part.metadata["split.count"]
     name = _SPLIT_NAME.fullmatch(file.name)
     if name is None or int(name["count"]) != count:
         _fail(
             file,
             "The file is one part of a model in several files, and its name does not tell the others",
-            f"a name like model-00001-of-{count:05}.gguf" if type(count) is int else None,
+            f"a name like model-00001-of-{count:05}.gguf",
             file.name,
             "Give the files back the names they were published under.",
         )
@@ -127,17 +134,13 @@ def _read_split(part: Checkpoint) -> Checkpoint:
                 mend="Download all its parts into one folder.",
             )
         parts.append(part if path == file else _read_file(path))
-        if parts[-1].metadata.get("split.no") != number:
-            _fail(
-                path,
-                "The file is another part than its name says",
-                number,
-                parts[-1].metadata.get("split.no"),
-            )
+        found = parts[-1].metadata.get("split.no")
+        if type(found) is not int or found != number:
+            _fail(path, "The file is another part than its name says", f"'split.no' {number}", found)
     tensors = {key: info for each in parts for key, info in each.tensors.items()}
     total = sum(len(each.tensors) for each in parts)
     promised = parts[0].metadata.get("split.tensors.count", total)
-    if len(tensors) != total or total != promised:
+    if type(promised) is not int or not len(tensors) == total == promised:
         _fail(file, "The parts of the model do not fit together", f"{promised} tensors", f"{len(tensors)}")
     files = tuple(path for each in parts for path in each.files)
     return Checkpoint(tensors=tensors, files=files, format="gguf", metadata=parts[0].metadata)
@@ -154,16 +157,15 @@ def load_tensor(info: TensorInfo, *, out: npt.NDArray[np.float32] | None = None)
         CheckpointError: the file has become shorter since its header was read.
         ArgumentError: the type cannot be decoded, or `out` does not fit.
     """
-    with info.file.open("rb") as stream:
-        stream.seek(info.offset)
-        raw = stream.read(info.nbytes)
+    with open_regular(info.file) as (opened, _):
+        raw = read_at(opened, info.offset, info.nbytes)
     if len(raw) != info.nbytes:
         _fail(info.file, f"The data of {info.key!r} is cut off", f"{info.nbytes} bytes", f"{len(raw)} bytes")
     return dequantize(raw, info.dtype, info.shape, out=out)
 
 
 def _fail(
-    file: Path, what: str, expected: object = None, found: object = None, mend: str = _DAMAGED
+    file: Path, what: str, expected: object = None, found: object = None, mend: str = DOWNLOAD_AGAIN
 ) -> NoReturn:
     raise CheckpointError(what, where=file, expected=expected, found=found, mend=mend)
 
@@ -189,21 +191,10 @@ class _Header:
     # The file's parts.
 
     def _read_counts(self) -> tuple[int, int]:
-        magic = self._bytes(4, "the magic number")
-        if magic != _MAGIC:
-            found = repr(magic)
-            mend = _DAMAGED
-            if magic == b"FUGG":
-                mend = "It looks like a big-endian file: convert it on a little-endian machine."
-            elif magic in {b"ggjt", b"lmgg", b"tjgg", b"fmgg"}:
-                mend = "This is GGUF's forerunner: convert the model again with a current llama.cpp."
-            elif self.size < 1024 and magic == b"vers":
-                found = "a Git LFS pointer"
-                mend = "Fetch the real file with `git lfs pull`, or download it from the Hub."
-            _fail(self.file, "Not a GGUF file", "the magic number b'GGUF'", found, mend)
+        self._bytes(len(_MAGIC), "the magic number")
         version = self._unpack(_U32, "the version")
         if version not in _VERSIONS:
-            if int.from_bytes(version.to_bytes(4, "little"), "big") in (*_VERSIONS, 1):
+            if int.from_bytes(version.to_bytes(4, "little"), "big") in (1, *_VERSIONS):
                 self._fail(
                     "The GGUF file is big-endian",
                     "a little-endian file",
@@ -270,7 +261,7 @@ class _Header:
                     f"The data of tensor {name!r} lies past the end of the file",
                     f"a file of at least {end} bytes",
                     f"{self.size} bytes",
-                    _DOWNLOAD_AGAIN,
+                    DOWNLOAD_AGAIN,
                 )
             tensors[name] = TensorInfo(name, dtype, shape, self.file, start + offset, nbytes)
         in_order = sorted(tensors.values(), key=lambda info: info.offset)
@@ -381,9 +372,9 @@ class _Header:
         return raw
 
     def _truncated(self, what: str) -> NoReturn:
-        self._fail(f"The file ends inside {what}", found=f"{self.size} bytes", mend=_DOWNLOAD_AGAIN)
+        self._fail(f"The file ends inside {what}", found=f"{self.size} bytes", mend=DOWNLOAD_AGAIN)
 
     def _fail(
-        self, what: str, expected: object = None, found: object = None, mend: str = _DAMAGED
+        self, what: str, expected: object = None, found: object = None, mend: str = DOWNLOAD_AGAIN
     ) -> NoReturn:
         _fail(self.file, what, expected, found, mend)
