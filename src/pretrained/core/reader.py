@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gives the bytes of tensors, straight from the files' pages.
+
+Each file is mapped once, privately and copy-on-write: what is not written to costs no memory that the system
+cannot take back, and processes share it; what is written to becomes a private copy, and the file never
+changes. A map lives as long as any array or buffer made from it.
+
+What a map cannot survive is its file being cut short in place by someone else; touching the lost pages then
+kills the process, as with every map. Replacing the file by a rename, as `pretrained.core.writer` does, is
+safe.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrained.core.checkpoint import TensorInfo
+from pretrained.core.dtypes import DTYPES
+from pretrained.core.ggml import dequantize
+from pretrained.core.untrusted import DOWNLOAD_AGAIN, open_regular, read_at
+from pretrained.errors import CheckpointError
+
+# Without this flag Linux counts a writable private map against memory and swap, and refuses a file that is
+# larger than both. Python has its name from 3.13 on; the number holds for x86 and ARM.
+_NO_RESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+
+class MappedFiles:
+    """The files of a checkpoint, mapped when they are first needed.
+
+    Use it as a context manager, or simply drop it: leaving it lets go of its maps, and each is undone once
+    no array or buffer refers to it.
+
+    A file that cannot be mapped, as on some network file systems, is read instead, span by span; everything
+    else stays the same.
+    """
+
+    def __init__(self) -> None:
+        # None stands for a file that cannot be mapped.
+        self._maps: dict[Path, mmap.mmap | None] = {}
+
+    def __enter__(self) -> MappedFiles:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Not `mmap.close`: that fails under a living view, and may pull memory from under a C library.
+        self._maps.clear()
+
+    def buffer(self, info: TensorInfo) -> memoryview:
+        """Return the exact bytes of a tensor, as they lie in its file.
+
+        Args:
+            info: The tensor.
+
+        Returns:
+            Writable bytes, format ``B``. A format without padding may place them at any address, so they
+            need not be aligned to the element size.
+
+        Raises:
+            FileError: the file is gone or cannot be opened.
+            CheckpointError: the file has become shorter since its header was read.
+        """
+        if info.nbytes == 0:
+            return memoryview(bytearray())
+        if info.file not in self._maps:
+            with open_regular(info.file) as (opened, size):
+                _check_size(info, size)
+                self._maps[info.file] = _map(opened, size)
+        mapped = self._maps[info.file]
+        if mapped is None:
+            return _read_span(info)
+        _check_size(info, len(mapped))
+        return memoryview(mapped)[info.offset : info.offset + info.nbytes]
+
+    def array(self, info: TensorInfo) -> npt.NDArray[Any]:
+        """Return a tensor as a numpy array.
+
+        Args:
+            info: The tensor.
+
+        Returns:
+            Plain dtypes: a writable view of the map, of the numpy type in `DTYPES`, strided where the file
+            stores a view; numpy copes with addresses that are not aligned. Block types: new float32 values.
+        """
+        raw = self.buffer(info)
+        if info.dtype not in DTYPES:
+            return dequantize(raw, info.dtype, info.shape)
+        dtype = DTYPES[info.dtype].numpy
+        strides = None if info.strides is None else [stride * dtype.itemsize for stride in info.strides]
+        return np.ndarray(info.shape, dtype, raw, strides=strides)
+
+
+def _map(opened: BinaryIO, size: int) -> mmap.mmap | None:
+    """Map a whole file; the caller may close it at once. None where the file system refuses."""
+    # Before 3.13 a map keeps a descriptor of its own, which nothing here needs.
+    untracked: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+    try:
+        if os.name == "nt":
+            return mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_COPY)
+        return mmap.mmap(
+            opened.fileno(),
+            size,
+            flags=mmap.MAP_PRIVATE | _NO_RESERVE,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            **untracked,
+        )
+    except OSError:
+        return None
+
+
+def _read_span(info: TensorInfo) -> memoryview:
+    with open_regular(info.file) as (opened, size):
+        _check_size(info, size)
+        return memoryview(bytearray(read_at(opened, info.offset, info.nbytes)))
+
+
+def _check_size(info: TensorInfo, size: int) -> None:
+    end = info.offset + info.nbytes
+    if size < end:
+        raise CheckpointError(
+            f"The file became shorter after its header was read; tensor {info.key!r} is cut off",
+            where=info.file,
+            expected=f"at least {end} bytes",
+            found=f"{size} bytes",
+            mend="Do not change a checkpoint while it is being loaded. " + DOWNLOAD_AGAIN,
+        )
