@@ -45,9 +45,11 @@ class LlamaConfig(RopeConfig):
     mlp_bias: bool = False
 
     def derive(self) -> None:
-        """Without a number of key-value heads every query head has its own."""
+        """Without a number of key-value heads every query head has its own; heads share the hidden size."""
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads and self.hidden_size % self.num_attention_heads == 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
 
     def check(self) -> None:
         """Raise `ConfigError` for head counts that do not fit together."""

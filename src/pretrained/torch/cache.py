@@ -677,8 +677,10 @@ def layer_windows(config: Any) -> list[int | None]:
     """
     text = getattr(config, "get_text_config", None)
     config = text(decoder=True) if callable(text) else config
-    window = getattr(config, "sliding_window", None)
     count = next((n for n in (getattr(config, name, None) for name in _COUNTS) if n is not None), None)
+    if callable(getattr(config, "window", None)):
+        return [config.window(layer) for layer in range(count or 0)]
+    window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
     if types is None:
         slides = window is not None and getattr(config, "use_sliding_window", True)
