@@ -17,10 +17,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from pretrained.core.atomic_files import write_text_atomically
 from pretrained.core.dtypes import dtype_name
 from pretrained.core.hub import HubOptions, resolve
 from pretrained.core.push import PushToHubMixin
-from pretrained.core.writer import write_text_atomically
 from pretrained.errors import ArgumentError, ConfigError, FileError
 
 CONFIG_NAME = "config.json"
@@ -385,7 +385,10 @@ def read_json_object(file: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise ConfigError(
-            "This file does not hold a JSON object", where=file, expected="{...}", found=type(content).__name__
+            "This file does not hold a JSON object",
+            where=file,
+            expected="{...}",
+            found=type(content).__name__,
         )
     return content
 
@@ -408,7 +411,9 @@ def _labels(values: dict[str, Any]) -> dict[str, Any]:
         try:
             id2label = {int(index): label for index, label in id2label.items()}
         except (TypeError, ValueError) as error:
-            raise ConfigError("A key of id2label is not a whole number", where="id2label", found=error) from error
+            raise ConfigError(
+                "A key of id2label is not a whole number", where="id2label", found=error
+            ) from error
         values["id2label"] = id2label
         values.setdefault("label2id", {label: index for index, label in id2label.items()})
     pruned = values.get("pruned_heads")

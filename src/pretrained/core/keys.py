@@ -114,7 +114,9 @@ def match_keys(
         name = _mapped(key, mapping)
         target = _find(name, wanted, base_prefix, rules)
         if target is None:
-            why = next((rule.why for rule in rules if isinstance(rule, Drop) and _fits(rule.file, name)), None)
+            why = next(
+                (rule.why for rule in rules if isinstance(rule, Drop) and _fits(rule.file, name)), None
+            )
             if why is None:
                 unexpected.append(key)
             else:

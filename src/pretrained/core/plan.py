@@ -240,7 +240,9 @@ def _check_body(match: KeyMatch, skeleton: Skeleton, policy: LoadPolicy, source:
     if not absent:
         return
     near = did_you_mean(absent[0], match.unexpected)
-    hint = f"The file has keys that nothing uses, such as {match.unexpected[0]!r}. " if match.unexpected else ""
+    hint = (
+        f"The file has keys that nothing uses, such as {match.unexpected[0]!r}. " if match.unexpected else ""
+    )
     raise WeightsError(
         f"{len(absent)} of {len(skeleton.params)} weights of the model are not in the checkpoint",
         where=source,

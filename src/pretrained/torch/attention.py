@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-import torch
-from torch import nn
 from torch.nn import functional as F
 
+import torch
 from pretrained.core.config import PreTrainedConfig
 from pretrained.errors import ArgumentError, MissingDependencyError, did_you_mean
 from pretrained.torch.masks import additive
+from torch import nn
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -46,7 +46,9 @@ def eager_attention(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is None and is_causal and query.shape[2] > 1:
-        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+        attention_mask = torch.ones(
+            query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
+        ).tril()
     mask = additive(attention_mask, scores.dtype)
     if mask is not None:
         scores = scores + mask

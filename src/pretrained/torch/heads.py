@@ -9,8 +9,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
-
 from pretrained.errors import ArgumentError
 from pretrained.torch.losses import question_answering_loss, sequence_classification_loss, token_loss
 from pretrained.torch.outputs import (
@@ -19,6 +17,7 @@ from pretrained.torch.outputs import (
     TokenClassifierOutput,
     finish,
 )
+from torch import nn
 
 
 def last_logits(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -33,7 +32,9 @@ def last_logits(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor)
     return hidden_states[:, logits_to_keep]
 
 
-def last_tokens(input_ids: torch.Tensor | None, pad_token_id: int | None, batch_size: int) -> torch.Tensor | int:
+def last_tokens(
+    input_ids: torch.Tensor | None, pad_token_id: int | None, batch_size: int
+) -> torch.Tensor | int:
     """Return the index of each row's last token that is no padding, on whichever side the padding is.
 
     Args:

@@ -7,9 +7,8 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import nn
-
 from pretrained.torch.nn import Conv1D, RMSNorm
+from torch import nn
 
 
 def initialise_module(module: nn.Module, *, std: float) -> None:

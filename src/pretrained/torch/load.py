@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
-
-from pretrained.arch.gguf import gguf_config, gguf_key_map
+from pretrained.arch.gguf import gguf_architecture, gguf_config, gguf_key_map
 from pretrained.core.checkpoint import Checkpoint, TensorInfo
 from pretrained.core.config import PreTrainedConfig, read_json_object
 from pretrained.core.dtypes import floating_dtype_name
@@ -29,9 +27,16 @@ from pretrained.core.plan import LoadPlan, LoadPolicy, MappedTensor, plan_load
 from pretrained.core.progress import reporting
 from pretrained.core.report import LoadReport
 from pretrained.core.skeleton import ParamSpec, Skeleton
-from pretrained.errors import ArgumentError, CheckpointError, NotYetError, PlacementError, UnknownArgumentError
+from pretrained.errors import (
+    ArgumentError,
+    CheckpointError,
+    NotYetError,
+    PlacementError,
+    UnknownArgumentError,
+)
 from pretrained.torch.initialise import initialise_missing
 from pretrained.torch.tensors import TORCH_DTYPES, dtype_name_of, mapped_reader, state_dict_reader
+from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +70,7 @@ def from_pretrained(cls: type[Model], path: str | Path | None, *model_args: Any,
         checkpoint,
         skeleton_of(model),
         policy_of(model, options, dtype),
-        layouts=_layouts(checkpoint, config),
+        layouts=_layouts(checkpoint),
         source=path,
     )
     read = state_dict_reader(options.state_dict) if options.state_dict is not None else None
@@ -324,15 +329,23 @@ def _state_dict_checkpoint(state_dict: Mapping[str, torch.Tensor]) -> Checkpoint
     for key, tensor in state_dict.items():
         if not isinstance(tensor, torch.Tensor):
             raise ArgumentError(
-                "A value of state_dict is not a tensor", where=f"state_dict[{key!r}]", found=type(tensor).__name__
+                "A value of state_dict is not a tensor",
+                where=f"state_dict[{key!r}]",
+                found=type(tensor).__name__,
             )
         nbytes = tensor.numel() * tensor.element_size()
-        infos[key] = TensorInfo(key, dtype_name_of(tensor.dtype), tuple(tensor.shape), Path("state_dict"), 0, nbytes)
+        infos[key] = TensorInfo(
+            key, dtype_name_of(tensor.dtype), tuple(tensor.shape), Path("state_dict"), 0, nbytes
+        )
     return Checkpoint(infos, (), "state_dict")
 
 
 def _config(
-    cls: type[Any], source: Source | None, checkpoint: Checkpoint, options: LoadOptions, kwargs: dict[str, Any]
+    cls: type[Any],
+    source: Source | None,
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    kwargs: dict[str, Any],
 ) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """Return the config, and the arguments that are left for the constructor."""
     config = options.config
@@ -357,8 +370,11 @@ def _config_values(source: Source, checkpoint: Checkpoint) -> dict[str, Any]:
     return read_json_object(file)
 
 
-def _layouts(checkpoint: Checkpoint, config: PreTrainedConfig) -> Mapping[str, MappedTensor] | None:
-    return gguf_key_map(checkpoint.metadata, checkpoint.tensors) if checkpoint.format == "gguf" else None
+def _layouts(checkpoint: Checkpoint) -> Mapping[str, MappedTensor] | None:
+    if checkpoint.format != "gguf":
+        return None
+    metadata, tensors = checkpoint.metadata, checkpoint.tensors
+    return gguf_key_map(gguf_architecture(metadata), gguf_config(metadata, tensors), tensors)
 
 
 def _generation_config(model: Any, source: Source | None, options: LoadOptions) -> Any:
@@ -488,7 +504,11 @@ def _audit(model: nn.Module, initialised: Iterable[str]) -> None:
 def _log(report: LoadReport, options: LoadOptions) -> None:
     if not report.is_plain:
         logger.warning("%s", report)
-    narrow = {stored for stored, loaded in report.dtypes if loaded == "float32" and stored in ("bfloat16", "float16")}
+    narrow = {
+        stored
+        for stored, loaded in report.dtypes
+        if loaded == "float32" and stored in ("bfloat16", "float16")
+    }
     if options.dtype is None and narrow:
         logger.warning(
             "The file's %s weights were loaded as float32, twice their size; pass dtype='auto' to keep them.",

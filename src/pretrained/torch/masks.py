@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import torch
-
 from pretrained.errors import ArgumentError
 
 

@@ -12,8 +12,9 @@ from collections.abc import ItemsView, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch.utils import _pytree
+
+import torch
 
 
 class ModelOutput:
@@ -26,7 +27,9 @@ class ModelOutput:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # So that nested outputs pass through torch.func, DDP and torch.compile's graph boundary.
-        _pytree.register_pytree_node(cls, _flatten, lambda values, names: cls(**dict(zip(names, values, strict=True))))
+        _pytree.register_pytree_node(
+            cls, _flatten, lambda values, names: cls(**dict(zip(names, values, strict=True)))
+        )
 
     def keys(self) -> tuple[str, ...]:
         """Return the names of the fields that are not None."""
@@ -278,5 +281,3 @@ def finish(output: ModelOutput, return_dict: bool) -> Any:
         return_dict: False for a plain tuple.
     """
     return output if return_dict else output.to_tuple()
-
-

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from pretrained.core.writer import plan_shards, write_checkpoint
 from pretrained.errors import ArgumentError
 from pretrained.torch.tensors import dtype_name_of
@@ -74,11 +73,14 @@ def save_pretrained(
         )
     folder = Path(save_directory)
     if folder.is_file():
-        raise ArgumentError("A model is saved into a folder", where=folder, found="a file", mend="Name a folder.")
+        raise ArgumentError(
+            "A model is saved into a folder", where=folder, found="a file", mend="Name a folder."
+        )
     if not is_main_process:
         return
     tensors = {
-        key: _TensorSource(tensor) for key, tensor in weights_to_write(model, state_dict, save_original_format).items()
+        key: _TensorSource(tensor)
+        for key, tensor in weights_to_write(model, state_dict, save_original_format).items()
     }
     folder.mkdir(parents=True, exist_ok=True)
     _write_configs(model, folder)

@@ -7,14 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-
 from pretrained.core.checkpoint import TensorInfo
 from pretrained.core.dtypes import DTYPES
 from pretrained.core.reader import MappedFiles
 
-TORCH_DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, name) for name in DTYPES if hasattr(torch, name)
-}
+TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES if hasattr(torch, name)}
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
-
 from pretrained.errors import ArgumentError
+from torch import nn
 
 
 class ModuleUtilsMixin:

@@ -10,8 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
-
 from pretrained.arch import llama as arch
 from pretrained.torch.attention import attend
 from pretrained.torch.cache import Cache, DynamicCache
@@ -28,6 +26,7 @@ from pretrained.torch.masks import causal_mask
 from pretrained.torch.model import PreTrainedModel
 from pretrained.torch.nn import RMSNorm, RotaryEmbedding, activation, rotate
 from pretrained.torch.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, finish
+from torch import nn
 
 
 class LlamaMLP(nn.Module):
@@ -69,7 +68,7 @@ class LlamaAttention(nn.Module):
 
     def forward(
         self,
-        hidden_BTD: torch.Tensor,  # noqa: N803
+        hidden_BTD: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
         mask: torch.Tensor | None,
         cache: Cache | None,

