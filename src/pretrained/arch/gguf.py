@@ -331,6 +331,9 @@ def _t5_config(values: Values, arch: str) -> dict[str, Any]:
     model_type = "umt5" if values.has_tensor("enc.blk.1.attn_rel_b.weight") else "t5"
     prefix = "UMT5" if model_type == "umt5" else "T5"
     encoder_only = arch == "t5encoder"
+    ids = values.token_ids()
+    if ids["bos_token_id"] is None:
+        del ids["bos_token_id"]  # T5 has none, and no field for it
     start = values.integer("decoder_start_token_id", default=0, least=0)
     return {
         "architectures": [f"{prefix}EncoderModel" if encoder_only else f"{prefix}ForConditionalGeneration"],
@@ -349,7 +352,7 @@ def _t5_config(values: Values, arch: str) -> dict[str, Any]:
         "layer_norm_epsilon": values.number("attention.layer_norm_rms_epsilon"),
         "feed_forward_proj": "gated-gelu" if values.has_tensor("enc.blk.0.ffn_gate.weight") else "relu",
         "tie_word_embeddings": not values.has_tensor("output.weight"),
-        **values.token_ids(),
+        **ids,
         "decoder_start_token_id": start,
     }
 
