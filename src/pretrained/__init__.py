@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load, run, edit, save and share pretrained models of any size, from one set of files.
+
+Importing this package loads nothing: its names are a table (PEP 562), and a name's module is imported
+when the name is first asked for. The classes of each architecture come from `core.registry`; type
+checkers and editors read the same names from ``__init__.pyi``, which ``tools/write_stub.py`` writes.
+"""
+
+__version__ = "0.1.0"
+
+# Module -> its public names, apart from the configs and models of the registry.
+_NAMES = {
+    "pretrained.errors": (
+        "ArgumentError",
+        "CheckpointError",
+        "ConfigError",
+        "FileError",
+        "GenerationError",
+        "MissingDependencyError",
+        "NotYetError",
+        "PlacementError",
+        "PretrainedError",
+        "TokenizerError",
+        "UnknownArgumentError",
+        "WeightsError",
+    ),
+    "pretrained.core.config": ("PreTrainedConfig", "PretrainedConfig"),
+    "pretrained.core.generation_config": ("GenerationConfig", "GenerationMode"),
+    "pretrained.core.push": ("PushToHubMixin",),
+    "pretrained.auto": (
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForMaskedLM",
+        "AutoModelForMultipleChoice",
+        "AutoModelForNextSentencePrediction",
+        "AutoModelForPreTraining",
+        "AutoModelForQuestionAnswering",
+        "AutoModelForSeq2SeqLM",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTextEncoding",
+        "AutoModelForTokenClassification",
+        "AutoModelWithLMHead",
+    ),
+    "pretrained.text.tokenizer": ("AutoTokenizer",),
+    "pretrained.torch.model": ("PreTrainedModel",),
+    "pretrained.torch.utils_mixin": ("ModuleUtilsMixin",),
+    "pretrained.torch.embeddings_mixin": ("EmbeddingAccessMixin",),
+    "pretrained.torch.nn": ("Conv1D",),
+    "pretrained.torch.attention": ("AttentionInterface",),
+    "pretrained.torch.cache": (
+        "Cache",
+        "CacheLayer",
+        "DynamicCache",
+        "DynamicLayer",
+        "DynamicSlidingLayer",
+        "EncoderDecoderCache",
+        "StaticCache",
+        "StaticLayer",
+    ),
+    "pretrained.torch.outputs": (
+        "BaseModelOutput",
+        "BaseModelOutputWithPast",
+        "BaseModelOutputWithPastAndCrossAttentions",
+        "BaseModelOutputWithPooling",
+        "BaseModelOutputWithPoolingAndCrossAttentions",
+        "CausalLMOutput",
+        "CausalLMOutputWithCrossAttentions",
+        "CausalLMOutputWithPast",
+        "MaskedLMOutput",
+        "ModelOutput",
+        "MultipleChoiceModelOutput",
+        "NextSentencePredictorOutput",
+        "QuestionAnsweringModelOutput",
+        "Seq2SeqLMOutput",
+        "Seq2SeqModelOutput",
+        "Seq2SeqQuestionAnsweringModelOutput",
+        "Seq2SeqSequenceClassifierOutput",
+        "SequenceClassifierOutput",
+        "SequenceClassifierOutputWithPast",
+        "TokenClassifierOutput",
+    ),
+    "pretrained.torch.generation.mixin": ("GenerationMixin",),
+}
+
+
+def _modules() -> dict[str, str]:
+    """Return where each public name is defined."""
+    # Imported here: the root stays free of even the standard library's heavier parts.
+    from pretrained.core.registry import FAMILIES  # noqa: PLC0415
+
+    table = {name: module for module, names in _NAMES.items() for name in names}
+    for row in FAMILIES.values():
+        table[row.config] = row.arch
+        for models in row.models.values():
+            table.update(dict.fromkeys(models.classes, models.module))
+    return dict(sorted(table.items()))
+
+
+def __getattr__(name: str) -> object:
+    if name == "__all__":
+        return ["__version__", *_modules()]
+    module = None if name.startswith("_") else _modules().get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pretrained.core.registry import load_name  # noqa: PLC0415 - as in _modules
+
+    value = load_name(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_modules()})
