@@ -124,16 +124,16 @@ class AutoConfig:
 def _read_values(source: Source, gguf_file: str | None) -> tuple[dict[str, Any], Path]:
     """Return what config.json holds, or what a GGUF file says in its place, and the file."""
     if gguf_file is not None:
-        file = Path(find_weights(source.weights_folder(gguf_file=gguf_file), gguf_file=gguf_file))
+        weights = find_weights(source.weights_folder(gguf_file=gguf_file), gguf_file=gguf_file)
+        checkpoint = open_checkpoint(weights)
     elif source.path is not None and _is_gguf(source.path):
-        file = source.path
+        checkpoint = open_checkpoint(source.path)
     else:
         # A weights file stands for its folder, as it does for the models' own from_pretrained.
         named = source.path if source.path is not None and source.path.suffix == ".json" else None
         file = named or source.require(CONFIG_NAME)
         return read_json_object(file), file
-    checkpoint = open_checkpoint(file)
-    return gguf_config(checkpoint.metadata, checkpoint.tensors), file
+    return gguf_config(checkpoint.metadata, checkpoint.tensors), checkpoint.files[0]
 
 
 def _is_gguf(file: Path) -> bool:

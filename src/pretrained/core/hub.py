@@ -100,6 +100,9 @@ class Source:
     options: HubOptions = HubOptions()
     _fetched: dict[str, Path] = field(default_factory=dict, repr=False, compare=False)
 
+    def __str__(self) -> str:
+        return self.name
+
     def listing(self) -> frozenset[str]:
         """Names of the files, relative, with forward slashes; in a local folder down to its subfolders."""
         if self.names is not None:
@@ -283,19 +286,21 @@ def _weights_mend(weights: list[str], variant: str | None, use_safetensors: bool
     return None
 
 
-def resolve(path_or_id: str | os.PathLike[str], options: HubOptions | None = None) -> Source:
+def resolve(path_or_id: str | os.PathLike[str] | Source, options: HubOptions | None = None) -> Source:
     """Find where a model's files are.
 
     Args:
         path_or_id: A local folder or file, or the id of a repository (``"org/name"``). What exists
             locally wins; what is written like a path (absolute, from ``.`` or ``~``, or of more than
-            two parts) is never looked for on the network.
+            two parts) is never looked for on the network. A `Source` is returned as it is.
         options: Revision, token, cache and so on; None for the defaults.
 
     Raises:
         FileError: nothing is there, or it cannot be reached; an empty folder; a malformed id.
         ArgumentError: options that contradict each other.
     """
+    if isinstance(path_or_id, Source):
+        return path_or_id
     options = options or HubOptions()
     if not isinstance(path_or_id, str | os.PathLike) or not os.fspath(path_or_id):
         raise ArgumentError(

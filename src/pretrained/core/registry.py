@@ -92,7 +92,7 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "distilbert": Family(
-        "pretrained.arch.bert",
+        "pretrained.arch.distilbert",
         "DistilBertConfig",
         {
             "torch": Models(
@@ -220,7 +220,7 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "roberta": Family(
-        "pretrained.arch.bert",
+        "pretrained.arch.roberta",
         "RobertaConfig",
         {
             "torch": Models(
