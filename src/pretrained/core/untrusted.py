@@ -53,7 +53,8 @@ def open_regular(file: Path) -> Iterator[tuple[BinaryIO, int]]:
             raise FileError("A weights file is needed here", where=file, expected="a file", found=kind)
         opened = open(file, "rb", buffering=0)  # noqa: SIM115 - closed below, kept out of the `except`
     except FileNotFoundError:
-        raise FileError("The file does not exist", where=file, mend="Check the path.") from None
+        fault = "is a link that leads nowhere" if os.path.islink(file) else "does not exist"
+        raise FileError(f"The file {fault}", where=file, mend="Check the path.") from None
     except FileError:
         raise
     except (OSError, ValueError) as error:
