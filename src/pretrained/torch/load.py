@@ -34,6 +34,7 @@ from pretrained.errors import (
     PlacementError,
     UnknownArgumentError,
 )
+from pretrained.torch.empty import no_memory
 from pretrained.torch.initialise import initialise_missing
 from pretrained.torch.tensors import TORCH_DTYPES, dtype_name_of, mapped_reader, state_dict_reader
 from torch import nn
@@ -135,8 +136,7 @@ def build_empty(cls: type[Model], config: PreTrainedConfig, *args: Any, **kwargs
         UnknownArgumentError: the constructor does not take one of them.
     """
     try:
-        # torch keeps this context for each thread, so loads in other threads are not touched.
-        with torch.device("meta"):
+        with no_memory():
             return cls(config, *args, **kwargs)
     except TypeError as error:
         if kwargs and "unexpected keyword argument" in str(error):

@@ -2,11 +2,11 @@
 import importlib
 
 import pytest
-from cases import CASES
-from oracle import transformers_twin
 
 import torch
 from pretrained.testing import battery
+from support.cases import CASES
+from support.oracle import transformers_twin
 
 ids = {"argvalues": CASES, "ids": str}
 

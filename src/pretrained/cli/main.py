@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pretrained``: the command line's verbs and how they fail."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from pretrained import __version__
+from pretrained.cli.console import paragraph
+from pretrained.errors import PretrainedError
+
+# Verb -> (module, one line). A verb's module is imported when it is asked for: `inspect` needs no framework.
+_VERBS = {
+    "demo": ("pretrained.cli.demo", "fetch a small model and chat with it"),
+    "run": ("pretrained.cli.run", "generate text with a model"),
+    "inspect": ("pretrained.cli.inspect", "show what a model holds, from headers only"),
+}
+
+_EXAMPLES = """\
+examples:
+  pretrained demo
+  pretrained run ./my-model "What is the capital of France?"
+  pretrained run model.gguf - < prompt.txt
+  pretrained inspect ./my-model
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Words after the program's name; None for those of this process.
+
+    Returns:
+        The exit code: 0, 1 after an error, 130 after an interruption.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser(words)
+    options = parser.parse_args(words)
+    if not getattr(options, "execute", None):
+        parser.print_help()
+        return 0
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        code: int = options.execute(options)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader, such as `head`, has what it wanted.
+        sys.stderr.close()
+        return 0
+    except (PretrainedError, OSError, ImportError, MemoryError) as error:
+        if options.debug:
+            raise
+        print(paragraph(error), file=sys.stderr)
+        return 1
+    return code
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = argparse.ArgumentParser(
+        prog="pretrained",
+        description="Load, run and inspect pretrained models, from local files or the hub.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"pretrained {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", title="verbs")
+    for name, (module, summary) in _VERBS.items():
+        verb = verbs.add_parser(name, help=summary, description=summary.capitalize() + ".", parents=[common])
+        if name in words:
+            import_module(module).add_arguments(verb)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
