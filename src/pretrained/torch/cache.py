@@ -66,7 +66,9 @@ class CacheLayer(ABC):
         """Return how many tokens fit, or `UNBOUNDED`."""
         return UNBOUNDED
 
-    def get_mask_sizes(self, query_length: int, cache_position: torch.Tensor | None = None) -> tuple[int, int]:
+    def get_mask_sizes(
+        self, query_length: int, cache_position: torch.Tensor | None = None
+    ) -> tuple[int, int]:
         """Return how many keys the next update hands back, and the position of the first of them."""
         return self._length + query_length, 0
 
@@ -98,7 +100,7 @@ class CacheLayer(ABC):
                 where="past_key_values",
                 expected=f"batch {self._keys.shape[0]}",
                 found=f"batch {key_states.shape[0]}",
-                mend="Use cache.batch_repeat_interleave(n) or cache.batch_select_indices(rows), or a new cache.",
+                mend="Use cache.batch_repeat_interleave(n), cache.batch_select_indices(rows) or a new cache.",
             )
 
     def _writable(self, end: int) -> bool:
@@ -229,7 +231,9 @@ class DynamicSlidingLayer(CacheLayer):
         """Return how many tokens have gone through, those let go of included."""
         return self._seen
 
-    def get_mask_sizes(self, query_length: int, cache_position: torch.Tensor | None = None) -> tuple[int, int]:
+    def get_mask_sizes(
+        self, query_length: int, cache_position: torch.Tensor | None = None
+    ) -> tuple[int, int]:
         """Return how many keys the next update hands back, and the position of the first of them."""
         kept = min(self._seen, self.sliding_window - 1)
         return kept + query_length, self._seen - kept
@@ -351,7 +355,9 @@ class StaticLayer(CacheLayer):
         """Return how many tokens fit."""
         return self.max_cache_len
 
-    def get_mask_sizes(self, query_length: int, cache_position: torch.Tensor | None = None) -> tuple[int, int]:
+    def get_mask_sizes(
+        self, query_length: int, cache_position: torch.Tensor | None = None
+    ) -> tuple[int, int]:
         """Return how many keys the next update hands back, and the position of the first of them."""
         return (self._length + query_length if cache_position is None else self.max_cache_len), 0
 

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder's two moves, shared by every strategy: run the prompt, then run one token at a time.
+
+What is passed to the model is decided here once. A step does no more than put the new tokens, the next
+slice of the mask and the next positions where the model expects them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pretrained.core.generation_config import GenerationConfig
+from pretrained.errors import GenerationError
+from pretrained.torch.cache import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+from pretrained.torch.generation.inputs import GenerationInputs
+from pretrained.torch.generation.settings import parameters
+
+
+class Sequences:
+    """Token ids of all rows, in one buffer that is filled from the left.
+
+    Args:
+        prompt: [rows, length] ids to begin with.
+        new_tokens: How many more there may be.
+    """
+
+    # A limit of a hundred thousand tokens is often only a bound, so the buffer starts small and doubles.
+    _FIRST = 1024
+
+    def __init__(self, prompt: torch.Tensor, new_tokens: int) -> None:
+        self.length = prompt.shape[1]
+        self.prompt_length = self.length
+        self._buffer = prompt.new_empty((prompt.shape[0], self.length + min(new_tokens, self._FIRST)))
+        self._buffer[:, : self.length] = prompt
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """[rows, length] ids so far; a view that later tokens leave as it is."""
+        return self._buffer[:, : self.length]
+
+    def append(self, tokens: torch.Tensor) -> None:
+        """Add each row's next token.
+
+        Args:
+            tokens: [rows].
+        """
+        if self.length == self._buffer.shape[1]:
+            old = self._buffer
+            self._buffer = old.new_empty((old.shape[0], 2 * old.shape[1]))
+            self._buffer[:, : self.length] = old
+        self._buffer[:, self.length] = tokens
+        self.length += 1
+
+    def cut(self, new_tokens: int) -> None:
+        """Keep the first new tokens.
+
+        Args:
+            new_tokens: How many.
+        """
+        self.length = min(self.length, self.prompt_length + new_tokens)
+
+
+class Decoder:
+    """Runs the model over the prompt, then over one new token of each row at a time.
+
+    Args:
+        model: The model.
+        inputs: What it starts from.
+        config: The settled config.
+        new_tokens: How many steps there can be at most.
+        margin: How many tokens may be taken back (see `DynamicCache`).
+    """
+
+    def __init__(
+        self, model: Any, inputs: GenerationInputs, config: GenerationConfig, new_tokens: int, margin: int = 0
+    ) -> None:
+        self.model = model
+        self._inputs = inputs
+        takes = parameters(type(model).forward)
+        prefix = "decoder_" if model.config.is_encoder_decoder else ""
+        self._ids_name = f"{prefix}input_ids"
+        self._mask_name = f"{prefix}attention_mask"
+        self._positions_name = f"{prefix}position_ids"
+        self._takes_positions = self._positions_name in takes
+        self._chunk = config.prefill_chunk_size
+        cached = config.use_cache and "past_key_values" in takes
+        self.cache = _make_cache(model, inputs, config, new_tokens, margin) if cached else None
+        self._fixed = self._fixed_arguments(config, takes)
+        self._mask = self._open_mask(new_tokens)
+        self._positions: torch.Tensor | None = None
+        # Tokens that the model has seen, or would have without a cache.
+        self._seen = inputs.past_length + max(inputs.input_ids.shape[1], _embeds_length(inputs))
+
+    def prefill(self) -> Any:
+        """Run the prompt; return the model's output, whose last logits are for the first new token."""
+        inputs = self._inputs
+        total, start = self._seen, inputs.past_length + inputs.skip
+        if self._chunk is not None and self.cache is not None:
+            while total - start > self._chunk:
+                self._forward(start, start + self._chunk)
+                start += self._chunk
+        return self._forward(start, total)
+
+    def step(self, tokens: torch.Tensor, sequences: Sequences) -> Any:
+        """Run each row's newest token; return the model's output for the next one.
+
+        Args:
+            tokens: [rows] the newest tokens.
+            sequences: All tokens, these included.
+        """
+        self._seen += 1
+        if self.cache is None:
+            return self._again(sequences)
+        arguments = dict(self._fixed)
+        arguments[self._ids_name] = tokens[:, None]
+        if self._mask is not None:
+            arguments[self._mask_name] = self._mask[:, : self._seen]
+        if self._positions is not None:
+            self._positions = self._positions + 1
+            arguments[self._positions_name] = self._positions
+        return self.model(**arguments)
+
+    def take_back(self, tokens: int) -> None:
+        """Remove the newest tokens from the cache.
+
+        Args:
+            tokens: How many.
+        """
+        if self.cache is not None and tokens:
+            self.cache.crop(-tokens)
+
+    def _forward(self, start: int, end: int) -> Any:
+        """Run prompt positions `start` to `end`, counted from the first token that the cache knows."""
+        inputs = self._inputs
+        arguments = dict(self._fixed)
+        first, last = start - inputs.past_length, end - inputs.past_length
+        if inputs.inputs_embeds is not None:
+            arguments["inputs_embeds"] = inputs.inputs_embeds[:, first:last]
+        else:
+            arguments[self._ids_name] = inputs.input_ids[:, first:last]
+        if self._mask is not None:
+            arguments[self._mask_name] = self._mask[:, :end]
+        positions = self._prompt_positions(start, end)
+        if positions is not None:
+            arguments[self._positions_name] = positions
+            self._positions = positions[:, -1:]
+        if self._token_types is not None:
+            arguments["token_type_ids"] = self._token_types[:, first:last]
+        return self.model(**arguments)
+
+    def _again(self, sequences: Sequences) -> Any:
+        """Run everything again, for want of a cache."""
+        arguments = dict(self._fixed)
+        inputs, ids = self._inputs, sequences.ids
+        if inputs.inputs_embeds is not None:
+            new = self.model.get_input_embeddings()(ids[:, sequences.prompt_length :])
+            arguments["inputs_embeds"] = torch.cat(
+                [inputs.inputs_embeds, new.to(inputs.inputs_embeds.dtype)], 1
+            )
+        else:
+            arguments[self._ids_name] = ids
+        if self._mask is not None:
+            arguments[self._mask_name] = self._mask[:, : self._seen]
+        positions = self._prompt_positions(0, self._seen)
+        if positions is not None:
+            arguments[self._positions_name] = positions
+        if self._token_types is not None:
+            types = self._token_types
+            more = types[:, -1:].expand(-1, self._seen - types.shape[1])
+            arguments["token_type_ids"] = torch.cat([types, more], dim=1)
+        return self.model(**arguments)
+
+    def _fixed_arguments(self, config: GenerationConfig, takes: tuple[str, ...]) -> dict[str, Any]:
+        inputs = self._inputs
+        fixed: dict[str, Any] = dict(inputs.extra)
+        self._token_types = fixed.pop("token_type_ids", None)
+        if self._token_types is not None and self.cache is not None:
+            # New tokens are of the last one's type.
+            fixed["token_type_ids"] = self._token_types[:, -1:]
+        if "return_dict" in takes:
+            fixed["return_dict"] = True
+        if "use_cache" in takes:
+            fixed["use_cache"] = self.cache is not None
+        if self.cache is not None:
+            fixed["past_key_values"] = self.cache
+        if "logits_to_keep" in takes:
+            fixed.setdefault("logits_to_keep", 1)
+        if inputs.encoder_outputs is not None:
+            fixed["encoder_outputs"] = inputs.encoder_outputs
+            fixed["attention_mask"] = inputs.encoder_attention_mask
+        for flag in ("output_attentions", "output_hidden_states"):
+            if getattr(config, flag):
+                fixed[flag] = True
+        return fixed
+
+    def _open_mask(self, new_tokens: int) -> torch.Tensor | None:
+        """Return the prompt's mask with room for the new tokens, all visible."""
+        mask = self._inputs.attention_mask
+        if mask is None:
+            return None
+        return torch.cat([mask, mask.new_ones((mask.shape[0], new_tokens))], dim=1)
+
+    def _prompt_positions(self, start: int, end: int) -> torch.Tensor | None:
+        """Return positions, or None where the model counts right by itself."""
+        given, past = self._inputs.position_ids, self._inputs.past_length
+        if not self._takes_positions:
+            return None
+        if given is not None:
+            wanted = end - past
+            if given.shape[-1] < wanted:
+                more = torch.arange(1, wanted - given.shape[-1] + 1, device=given.device)
+                given = torch.cat([given, given[..., -1:] + more], dim=-1)
+            return given[..., start - past : wanted]
+        if self._mask is None:
+            return None
+        return (self._mask[:, :end].cumsum(-1) - 1).clamp_(min=0)[:, start:]
+
+
+class HookedDecoder(Decoder):
+    """A decoder whose model prepares its own inputs: its class overrides `prepare_inputs_for_generation`."""
+
+    def prefill(self) -> Any:
+        """Run the prompt, as the model prepares it."""
+        return self._hooked(self._inputs.input_ids, self._inputs.past_length + self._inputs.skip)
+
+    def step(self, tokens: torch.Tensor, sequences: Sequences) -> Any:
+        """Run each row's newest token, as the model prepares it.
+
+        Args:
+            tokens: [rows] the newest tokens.
+            sequences: All tokens, these included.
+        """
+        self._seen += 1
+        return self._hooked(sequences.ids, 0 if self.cache is None else self._seen - 1)
+
+    def _hooked(self, ids: torch.Tensor, start: int) -> Any:
+        arguments = {name: value for name, value in self._fixed.items() if name != "past_key_values"}
+        mask = None if self._mask is None else self._mask[:, : self._seen]
+        if self.model.config.is_encoder_decoder:
+            arguments["decoder_attention_mask"] = mask
+        else:
+            arguments["attention_mask"] = mask
+        if self._token_types is not None:
+            arguments["token_type_ids"] = self._token_types
+        embeds = self._inputs.inputs_embeds
+        if embeds is not None and self._seen > self._inputs.past_length + embeds.shape[1]:
+            if self.cache is None:
+                raise GenerationError(
+                    "A model that prepares its own inputs needs a cache to go on from inputs_embeds",
+                    where="use_cache",
+                    mend="Leave use_cache=False out.",
+                )
+            embeds = None
+        prepared = self.model.prepare_inputs_for_generation(
+            ids,
+            past_key_values=self.cache,
+            inputs_embeds=embeds,
+            cache_position=torch.arange(start, self._seen, device=ids.device),
+            **arguments,
+        )
+        return self.model(**prepared)
+
+
+def prepare_step(
+    model: Any,
+    input_ids: torch.Tensor,
+    past_key_values: Cache | None,
+    attention_mask: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    cache_position: torch.Tensor | None,
+    use_cache: bool,
+    kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """Return a forward's arguments, as `GenerationMixin.prepare_inputs_for_generation` promises.
+
+    Args:
+        model: The model.
+        input_ids: [rows, length] all tokens so far, or those that are new.
+        past_key_values: The cache, or None.
+        attention_mask: [rows, seen] mask of the decoder, or of the encoder where there is one.
+        inputs_embeds: [rows, length, hidden] a prompt as vectors, for the first forward.
+        cache_position: [new] positions of the tokens to run.
+        use_cache: Whether to fill the cache.
+        kwargs: Passed on.
+    """
+    takes = parameters(type(model).forward)
+    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    length = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
+    new = max(length - past, 1) if cache_position is None else cache_position.shape[0]
+    prepared: dict[str, Any] = dict(kwargs)
+    encoder = model.config.is_encoder_decoder
+    if inputs_embeds is not None:
+        prepared["inputs_embeds"] = inputs_embeds[:, -new:]
+    else:
+        prepared["decoder_input_ids" if encoder else "input_ids"] = input_ids[:, -new:]
+    prepared["attention_mask"] = attention_mask
+    if past_key_values is not None:
+        prepared["past_key_values"] = past_key_values
+    if "use_cache" in takes:
+        prepared["use_cache"] = use_cache
+    if not encoder and attention_mask is not None and attention_mask.dim() == 2 and "position_ids" in takes:
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
+        prepared.setdefault("position_ids", positions[:, -new:])
+    types = prepared.get("token_type_ids")
+    if types is not None and types.shape[1] != new:
+        prepared["token_type_ids"] = types[:, -1:].expand(-1, new)
+    return prepared
+
+
+def last_logits(output: Any) -> torch.Tensor:
+    """Return the scores of the next token, [rows, vocab] float32.
+
+    Args:
+        output: Of the model.
+    """
+    logits: torch.Tensor = output.logits
+    last = logits[:, -1].float()
+    # Copied out of a whole prompt's logits, so that these are freed.
+    return last.clone() if logits.shape[1] > 1 and logits.dtype == last.dtype else last
+
+
+def _embeds_length(inputs: GenerationInputs) -> int:
+    return 0 if inputs.inputs_embeds is None else inputs.inputs_embeds.shape[1]
+
+
+def _make_cache(
+    model: Any, inputs: GenerationInputs, config: GenerationConfig, new_tokens: int, margin: int
+) -> Cache:
+    if inputs.cache is not None:
+        _check_room(inputs.cache, inputs, new_tokens)
+        return inputs.cache
+    if config.cache_implementation == "static":
+        # The last new token is never fed back.
+        length = max(inputs.input_ids.shape[1], _embeds_length(inputs)) + new_tokens - 1
+        own: Cache = StaticCache(model.config, max(length, config.max_cache_len or 1))
+    else:
+        own = DynamicCache(model.config, margin=margin)
+    if model.config.is_encoder_decoder:
+        return EncoderDecoderCache(own, DynamicCache())
+    return own
+
+
+def _check_room(cache: Cache, inputs: GenerationInputs, new_tokens: int) -> None:
+    room, used = cache.get_max_length(), inputs.past_length
+    needed = used + max(inputs.input_ids.shape[1], _embeds_length(inputs)) + new_tokens - 1
+    if 0 <= room < needed:
+        raise GenerationError(
+            "The cache has no room for the whole sequence",
+            where="past_key_values",
+            expected=f"max_cache_len={needed} or more",
+            found=room,
+            mend="Make a larger StaticCache, pass a smaller max_new_tokens, or use a DynamicCache.",
+        )

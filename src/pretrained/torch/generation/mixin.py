@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`GenerationMixin`: the door to generation. Its methods are short; the rooms are beside this file.
+
+A call goes settings -> inputs -> lengths -> rules -> strategy -> output. Everything is decided before the
+first forward, and nothing of it stays on the model afterwards.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from pretrained.core.generation_config import GenerationConfig, GenerationMode
+from pretrained.errors import GenerationError, NotYetError
+from pretrained.torch.cache import Cache
+from pretrained.torch.generation import strategies
+from pretrained.torch.generation.inputs import GenerationInputs, prepare_inputs
+from pretrained.torch.generation.loop import Decoder, HookedDecoder, Sequences, prepare_step
+from pretrained.torch.generation.recorder import Recorder
+from pretrained.torch.generation.rules import build_criteria, build_processors
+from pretrained.torch.generation.scores import transition_scores
+from pretrained.torch.generation.settings import RELEASE, Lengths, refuse_arguments, settle, settle_lengths
+from pretrained.torch.generation.stopping import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+)
+
+logger = logging.getLogger("pretrained.generation")
+
+_STRATEGIES: dict[GenerationMode, Callable[[strategies.Run], None]] = {
+    GenerationMode.GREEDY_SEARCH: strategies.greedy,
+    GenerationMode.SAMPLE: strategies.sample,
+}
+
+
+class GenerationMixin:
+    """Gives a model with a language-model head `generate`.
+
+    The model brings `config`, `generation_config` and `forward`; an encoder-decoder `get_encoder` too.
+    """
+
+    generation_config: GenerationConfig | None
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Iterable[Callable[..., torch.Tensor]] | None = None,
+        stopping_criteria: Iterable[Callable[..., Any]] | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], Any] | None = None,
+        synced_gpus: bool | None = None,
+        assistant_model: Any = None,
+        streamer: Any = None,
+        negative_prompt_ids: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        use_model_defaults: bool | None = None,
+        custom_generate: Any = None,
+        *,
+        generator: torch.Generator | None = None,
+        tokenizer: Any = None,
+        assistant_tokenizer: Any = None,
+        trust_remote_code: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate token ids that follow a prompt.
+
+        What the call says wins over `generation_config`, that over the model's own, that over defaults.
+        Without any length, 20 new tokens are generated.
+
+        Args:
+            inputs: [batch, length] token ids: the prompt, or the encoder's input. Padded rows are padded on
+                the left (an encoder's on either side) and come with `attention_mask`.
+            generation_config: Settings; fields may also be passed by name.
+            logits_processor: Rules on the scores, applied after the config's and before the sampling filters.
+            stopping_criteria: Rules for stopping, beside the config's.
+            prefix_allowed_tokens_fn: ``f(row, ids) -> allowed ids``.
+            synced_gpus: Not offered yet.
+            assistant_model: Not offered yet.
+            streamer: Is given the tokens as they come (`TextStreamer` and others).
+            negative_prompt_ids: Not offered yet.
+            negative_prompt_attention_mask: Not offered yet.
+            use_model_defaults: False to leave out the model's own settings.
+            custom_generate: Not offered yet.
+            generator: Source of chance for sampling; None for torch's global one.
+            tokenizer: For `stop_strings`.
+            assistant_tokenizer: Not offered yet.
+            trust_remote_code: Accepted for compatibility; nothing here runs code of a model folder.
+            **kwargs: Fields of `GenerationConfig` (None switches one off) and inputs of the model
+                (`attention_mask`, `inputs_embeds`, `encoder_outputs`, `past_key_values`, ...).
+
+        Returns:
+            [batch * num_return_sequences, length] ids, the prompt (or the decoder's start) included and
+            finished rows filled with the padding token; or with `return_dict_in_generate=True` a
+            `GenerateDecoderOnlyOutput` or `GenerateEncoderDecoderOutput`.
+
+        Raises:
+            GenerationError: a setting or an input that cannot work; before the first forward, except for
+                scores that are not numbers.
+            NotYetError: a setting whose feature does not exist yet.
+        """
+        refuse_arguments(
+            custom_generate=custom_generate,
+            assistant_model=assistant_model,
+            assistant_tokenizer=assistant_tokenizer,
+            synced_gpus=synced_gpus,
+            negative_prompt_ids=negative_prompt_ids,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+        )
+        config, model_inputs, by_user = settle(self, generation_config, kwargs, use_model_defaults)
+        strategy = _STRATEGIES.get(config.get_generation_mode())
+        if strategy is None:
+            raise NotYetError(f"{config.get_generation_mode().value} cannot be run yet", mend=RELEASE)
+        prepared = prepare_inputs(self, config, inputs, model_inputs)
+        lengths = _lengths(self, config, by_user, prepared)
+        processors = build_processors(
+            config,
+            lengths,
+            prepared,
+            user=logits_processor,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+        )
+        criteria = build_criteria(config, lengths, tokenizer=tokenizer, user=stopping_criteria)
+        behind = _may_look_behind(prepared, criteria, streamer)
+        decoder = HookedDecoder if _is_hooked(self) else Decoder
+        run = strategies.Run(
+            decoder=decoder(self, prepared, config, lengths.new_tokens, margin=int(behind)),
+            sequences=Sequences(prepared.input_ids, lengths.new_tokens),
+            processors=processors,
+            criteria=criteria,
+            recorder=Recorder(config, own_rules=bool(logits_processor)),
+            pad_token_id=_padding(config),
+            streamer=streamer,
+            generator=generator,
+            behind=behind,
+        )
+        _stream(strategy, run)
+        sequences = run.sequences.ids.contiguous()
+        if not config.return_dict_in_generate:
+            return sequences
+        return run.recorder.output(sequences, prepared, run.decoder.cache)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        cache_position: torch.Tensor | None = None,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Return the arguments of one forward; override it to change what a model is fed.
+
+        `generate` calls it at every step if a class overrides it, and works them out itself otherwise.
+
+        Args:
+            input_ids: [rows, length] all tokens so far; only those at `cache_position` are run.
+            past_key_values: The cache, or None.
+            attention_mask: [rows, seen] mask of the decoder, or of the encoder where there is one.
+            inputs_embeds: [rows, length, hidden] the prompt as vectors, at the first step only.
+            cache_position: [new] positions of the tokens to run; None for all that the cache lacks.
+            use_cache: Whether to fill the cache.
+            **kwargs: Passed on to the forward.
+        """
+        return prepare_step(
+            self, input_ids, past_key_values, attention_mask, inputs_embeds, cache_position, use_cache, kwargs
+        )
+
+    def compute_transition_scores(
+        self,
+        sequences: torch.Tensor,
+        scores: tuple[torch.Tensor, ...],
+        beam_indices: torch.Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> torch.Tensor:
+        """Return the score of each generated token.
+
+        Args:
+            sequences: [rows, length] as `generate` returned them.
+            scores: Their scores, with ``output_scores=True``.
+            beam_indices: [rows, new] which row each token came from, for beam search; negative after its end.
+            normalize_logits: Return logarithms of probabilities, whatever the scores are.
+
+        Returns:
+            [rows, new].
+        """
+        return transition_scores(sequences, scores, beam_indices, normalize_logits)
+
+    def heal_tokens(self, input_ids: torch.Tensor, tokenizer: Any = None) -> torch.Tensor:
+        """Replace a prompt's last token by the one its text would become; not offered yet.
+
+        Args:
+            input_ids: [batch, length].
+            tokenizer: The tokenizer of the prompt.
+        """
+        raise NotYetError("Token healing cannot be done yet", where="heal_tokens", mend=RELEASE)
+
+
+def _lengths(
+    model: Any, config: GenerationConfig, by_user: frozenset[str], inputs: GenerationInputs
+) -> Lengths:
+    # Rotary and relative positions have no end; learned ones do.
+    rotary = any(getattr(model.config, name, None) is not None for name in ("rope_parameters", "rope_theta"))
+    return settle_lengths(
+        config,
+        by_user,
+        ids_length=inputs.input_ids.shape[1],
+        embeds_length=inputs.embeds_length,
+        past_length=inputs.past_length,
+        positions=getattr(model.config, "max_position_embeddings", None),
+        absolute=not rotary,
+    )
+
+
+def _padding(config: GenerationConfig) -> int | None:
+    """Return what finished rows are filled with."""
+    pad: int | None = config.pad_token_id
+    if pad is not None or config.eos_token_id is None:
+        return pad
+    ends = config.eos_token_id
+    eos: int = ends if isinstance(ends, int) else ends[0]
+    logger.info("There is no pad_token_id; finished rows are filled with eos_token_id=%d.", eos)
+    return eos
+
+
+def _may_look_behind(inputs: GenerationInputs, criteria: StoppingCriteriaList, streamer: Any) -> bool:
+    """Whether nobody needs the tokens on the host, so that it need not wait for the device."""
+    on_device = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)
+    return (
+        inputs.input_ids.is_cuda
+        and streamer is None
+        and all(isinstance(rule, on_device) for rule in criteria)
+    )
+
+
+def _is_hooked(model: Any) -> bool:
+    hook = getattr(model.prepare_inputs_for_generation, "__func__", None)
+    return hook is not GenerationMixin.prepare_inputs_for_generation
+
+
+def _stream(strategy: Callable[[strategies.Run], None], run: strategies.Run) -> None:
+    """Run a strategy with its streamer told of the beginning and of every kind of end."""
+    streamer = run.streamer
+    if streamer is None:
+        strategy(run)
+        return
+    if not callable(getattr(streamer, "put", None)) or not callable(getattr(streamer, "end", None)):
+        raise GenerationError(
+            "streamer lacks put and end",
+            where="streamer",
+            expected="a BaseStreamer, such as TextStreamer(tokenizer)",
+            found=type(streamer).__name__,
+        )
+    try:
+        streamer.put(run.sequences.ids.cpu())
+        strategy(run)
+    except BaseException as error:
+        # Whoever reads the stream in another thread must not wait for ever.
+        getattr(streamer, "fail", lambda _: streamer.end())(error)
+        raise
+    streamer.end()

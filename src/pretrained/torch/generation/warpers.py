@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Filters for sampling: they sharpen or flatten the scores, or leave only the likelier tokens.
+
+Each is called with ``(input_ids [rows, length], scores [rows, vocab])`` and returns new scores in which
+what was filtered out is `filter_value`. Names and arguments are the ecosystem's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from pretrained.errors import GenerationError
+from pretrained.torch.generation.logits import LogitsProcessor
+
+
+class TemperatureLogitsWarper(LogitsProcessor):
+    """Divides the scores: below 1 sharper, above 1 flatter.
+
+    Args:
+        temperature: Above 0.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = _within("temperature", temperature, "a number above 0", lambda t: t > 0)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores over the temperature."""
+        return scores / self.temperature
+
+
+class _Filter(LogitsProcessor):
+    """A filter that always leaves some tokens.
+
+    Args:
+        filter_value: Score of what is filtered out.
+        min_tokens_to_keep: How many of the likeliest tokens stay whatever the rule says.
+    """
+
+    def __init__(self, filter_value: float, min_tokens_to_keep: int) -> None:
+        self.filter_value = filter_value
+        self.min_tokens_to_keep = int(
+            _within("min_tokens_to_keep", min_tokens_to_keep, "1 or more", lambda n: n >= 1)
+        )
+
+    def _keep_best(self, drop: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Take the likeliest tokens, and those that score the same, out of what is dropped."""
+        count = min(self.min_tokens_to_keep, scores.shape[-1])
+        least = scores.amax(-1, keepdim=True) if count == 1 else scores.topk(count).values[..., -1:]
+        return drop & (scores < least)
+
+
+class TopKLogitsWarper(_Filter):
+    """Only the `top_k` likeliest tokens.
+
+    Args:
+        top_k: How many; tokens that score the same as the last of them stay too.
+        filter_value: Score of what is filtered out.
+        min_tokens_to_keep: How many stay at least.
+    """
+
+    def __init__(self, top_k: int, filter_value: float = -math.inf, min_tokens_to_keep: int = 1) -> None:
+        super().__init__(filter_value, min_tokens_to_keep)
+        top_k = int(_within("top_k", top_k, "1 or more", lambda k: k >= 1))
+        self.top_k = max(top_k, self.min_tokens_to_keep)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores of the likeliest tokens."""
+        least = scores.topk(min(self.top_k, scores.shape[-1])).values[..., -1:]
+        return scores.masked_fill(scores < least, self.filter_value)
+
+
+class TopPLogitsWarper(_Filter):
+    """Only the likeliest tokens that together have probability `top_p` (nucleus, arXiv:1904.09751).
+
+    Args:
+        top_p: Above 0, up to 1.
+        filter_value: Score of what is filtered out.
+        min_tokens_to_keep: How many stay at least.
+    """
+
+    def __init__(self, top_p: float, filter_value: float = -math.inf, min_tokens_to_keep: int = 1) -> None:
+        super().__init__(filter_value, min_tokens_to_keep)
+        self.top_p = _within("top_p", top_p, "a number above 0 and up to 1", lambda p: 0 < p <= 1)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores of the nucleus."""
+        # Summed from the least likely up, where float32 sums lose least.
+        ascending, order = scores.sort(dim=-1)
+        drop = ascending.softmax(-1).cumsum(-1) <= 1 - self.top_p
+        drop[..., -self.min_tokens_to_keep :] = False
+        return scores.masked_fill(drop.scatter(-1, order, drop), self.filter_value)
+
+
+class TopHLogitsWarper(LogitsProcessor):
+    """Only the likeliest tokens whose entropy adds up to a share of the whole (arXiv:2509.02510).
+
+    Args:
+        top_h: Share of the entropy, above 0, up to 1.
+        filter_value: Score of what is filtered out.
+    """
+
+    top_n = 100
+    """Only so many tokens are looked at; the published rule's bound."""
+
+    def __init__(self, top_h: float, filter_value: float = -math.inf) -> None:
+        self.top_h = _within("top_h", top_h, "a number above 0 and up to 1", lambda h: 0 < h <= 1)
+        self.filter_value = filter_value
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores of the tokens that stay."""
+        best, index = scores.topk(min(self.top_n, scores.shape[-1]))
+        terms = torch.special.entr(best.softmax(-1))
+        keep = terms.cumsum(-1) <= self.top_h * terms.sum(-1, keepdim=True)
+        keep[..., 0] = True
+        drop = torch.ones_like(scores, dtype=torch.bool).scatter_(-1, index, ~keep)
+        return scores.masked_fill(drop, self.filter_value)
+
+
+class MinPLogitsWarper(_Filter):
+    """Only tokens at least `min_p` times as likely as the likeliest (arXiv:2407.01082).
+
+    Args:
+        min_p: From 0 to 1.
+        filter_value: Score of what is filtered out.
+        min_tokens_to_keep: How many stay at least.
+    """
+
+    def __init__(self, min_p: float, filter_value: float = -math.inf, min_tokens_to_keep: int = 1) -> None:
+        super().__init__(filter_value, min_tokens_to_keep)
+        self.min_p = _within("min_p", min_p, "a number from 0 to 1", lambda p: 0 <= p <= 1)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores of the tokens that stay."""
+        probs = scores.softmax(-1)
+        drop = probs < self.min_p * probs.amax(-1, keepdim=True)
+        return scores.masked_fill(self._keep_best(drop, scores), self.filter_value)
+
+
+class TypicalLogitsWarper(_Filter):
+    """Tokens whose surprise is nearest to what is expected, up to a mass (arXiv:2202.00666).
+
+    Args:
+        mass: Between 0 and 1: probability that the tokens that stay have together.
+        filter_value: Score of what is filtered out.
+        min_tokens_to_keep: How many of the most typical tokens stay at least.
+    """
+
+    def __init__(
+        self, mass: float = 0.9, filter_value: float = -math.inf, min_tokens_to_keep: int = 1
+    ) -> None:
+        super().__init__(filter_value, min_tokens_to_keep)
+        self.mass = _within("typical_p", mass, "a number between 0 and 1", lambda p: 0 < p < 1)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores of the typical tokens."""
+        log_probs = scores.log_softmax(-1)
+        probs = log_probs.exp()
+        entropy = torch.special.entr(probs).sum(-1, keepdim=True)
+        distance, order = (-log_probs - entropy).abs().sort(dim=-1)
+        before = probs.gather(-1, order).cumsum(-1) < self.mass
+        last = before.sum(-1, keepdim=True).clamp_(max=scores.shape[-1] - 1)
+        drop = distance > distance.gather(-1, last)
+        drop[..., : self.min_tokens_to_keep] = False
+        return scores.masked_fill(drop.scatter(-1, order, drop), self.filter_value)
+
+
+class EpsilonLogitsWarper(_Filter):
+    """Only tokens at least as likely as `epsilon` (arXiv:2210.15191).
+
+    Args:
+        epsilon: Between 0 and 1.
+        filter_value: Score of what is filtered out.
+        min_tokens_to_keep: How many stay at least.
+    """
+
+    def __init__(self, epsilon: float, filter_value: float = -math.inf, min_tokens_to_keep: int = 1) -> None:
+        super().__init__(filter_value, min_tokens_to_keep)
+        self.epsilon = _within("epsilon_cutoff", epsilon, "a number between 0 and 1", lambda e: 0 < e < 1)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores of the tokens that stay."""
+        drop = scores.softmax(-1) < self.epsilon
+        return scores.masked_fill(self._keep_best(drop, scores), self.filter_value)
+
+
+class EtaLogitsWarper(_Filter):
+    """Only tokens likelier than a bound that falls as the entropy grows (arXiv:2210.15191).
+
+    The bound is min(epsilon, sqrt(epsilon) exp(-entropy)).
+
+    Args:
+        epsilon: Between 0 and 1.
+        filter_value: Score of what is filtered out.
+        min_tokens_to_keep: How many stay at least.
+        device: Accepted for compatibility; the rule follows the scores.
+    """
+
+    def __init__(
+        self,
+        epsilon: float,
+        filter_value: float = -math.inf,
+        min_tokens_to_keep: int = 1,
+        device: object = None,
+    ) -> None:
+        super().__init__(filter_value, min_tokens_to_keep)
+        self.epsilon = _within("eta_cutoff", epsilon, "a number between 0 and 1", lambda e: 0 < e < 1)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores of the tokens that stay."""
+        probs = scores.softmax(-1)
+        entropy = torch.special.entr(probs).sum(-1, keepdim=True)
+        bound = (math.sqrt(self.epsilon) * torch.exp(-entropy)).clamp_(max=self.epsilon)
+        return scores.masked_fill(self._keep_best(probs < bound, scores), self.filter_value)
+
+
+def _within(name: str, value: float, expected: str, right: Callable[[float], bool]) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not right(value):
+        raise GenerationError(f"{name} cannot be {value!r}", where=name, expected=expected)
+    return value
