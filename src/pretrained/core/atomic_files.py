@@ -24,13 +24,18 @@ def write_text_atomically(file: Path, text: str) -> None:
     Raises:
         FileError: the file cannot be written; what was there is intact.
     """
-    temporary = file.with_name(temporary_name(file.name, secrets.token_hex(4)))
     with errors_with_mend(file):
-        with removed_on_error(file.parent, [temporary.name]), new_file(temporary) as opened:
-            opened.write(text.encode("utf-8"))
-        with removed_on_error(file.parent, [temporary.name], error=OSError):
-            os.replace(temporary, file)
-        sync_folder(file.parent)
+        replace_text(file, text)
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Do what `write_text_atomically` does, with the system's own errors, for a caller that explains them."""
+    temporary = file.with_name(temporary_name(file.name, secrets.token_hex(4)))
+    with removed_on_error(file.parent, [temporary.name]), new_file(temporary) as opened:
+        opened.write(text.encode("utf-8"))
+    with removed_on_error(file.parent, [temporary.name], error=OSError):
+        os.replace(temporary, file)
+    sync_folder(file.parent)
 
 
 def temporary_name(name: str, token: str) -> str:

@@ -23,6 +23,7 @@ from pretrained.core.atomic_files import (
     errors_with_mend,
     new_file,
     removed_on_error,
+    replace_text,
     sync_folder,
     temporary_name,
     write_text_atomically,
@@ -274,13 +275,13 @@ def _commit(
         extra = _second_links(folder, temporary)
         if extra is not None:
             with removed_on_error(folder, extra.values(), error=OSError):
-                write_text_atomically(index, _index_text(plan, tensors, temporary))
+                replace_text(index, _index_text(plan, tensors, temporary))
 
             def settle() -> None:
                 for name in plan.files:
                     os.replace(folder / extra[name], folder / name)
                 sync_folder(folder)
-                write_text_atomically(index, _index_text(plan, tensors, {}))
+                replace_text(index, _index_text(plan, tensors, {}))
 
             return settle
     fresh = [name for name in plan.files if not (folder / name).exists()]
@@ -288,7 +289,7 @@ def _commit(
         for name in plan.files:
             os.replace(folder / temporary[name], folder / name)
         sync_folder(folder)
-        write_text_atomically(index, _index_text(plan, tensors, {}))
+        replace_text(index, _index_text(plan, tensors, {}))
         single.unlink(missing_ok=True)
     return _nothing
 
