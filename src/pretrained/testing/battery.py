@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
 from pretrained.core.skeleton import Skeleton
 from pretrained.torch.load import skeleton_of
 
@@ -172,6 +173,7 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
     if not theirs.numel():
         return 0.0
+    ours, theirs = ours.detach(), theirs.detach()
     scale = theirs.double().abs().max().clamp(min=1e-6)
     return float((ours.double() - theirs.double()).abs().max() / scale)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
+
 from pretrained.arch import llama as arch
 from pretrained.torch.attention import attend
 from pretrained.torch.cache import Cache, DynamicCache
@@ -26,7 +28,6 @@ from pretrained.torch.masks import causal_mask
 from pretrained.torch.model import PreTrainedModel
 from pretrained.torch.nn import RMSNorm, RotaryEmbedding, activation, rotate
 from pretrained.torch.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, finish
-from torch import nn
 
 
 class LlamaMLP(nn.Module):
@@ -216,7 +217,9 @@ class LlamaModel(LlamaPreTrainedModel):
                 continue
             kv_length, kv_offset = x.shape[1], 0
             if cache is not None:
-                kv_length, kv_offset = cache.get_mask_sizes(x.shape[1], attention.layer_idx)
+                kv_length, kv_offset = cache.get_mask_sizes(
+                    x.shape[1], attention.layer_idx, cache_position
+                )
             masks[attention.window] = causal_mask(
                 query_length=x.shape[1],
                 kv_length=kv_length,
