@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
@@ -182,7 +183,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         # Loops and the ~ operator cannot be intercepted when they run, so the program is changed: what
         # a loop goes over passes through a counting filter, and what ~ joins through a checking one.
         for loop in list(source.find_all(nodes.For)):
-            loop.iter = self._filtered("_counted", loop.iter)
+            loop.iter = self._filtered("_counted", typing.cast(nodes.Expr, loop.iter))
         for node in list(source.find_all(nodes.Node)):
             for name, child in list(node.iter_fields()):
                 if isinstance(child, nodes.Concat):
@@ -225,7 +226,7 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def _join(context: EvalContext, value: Any, d: str = "", attribute: str | int | None = None) -> str:
     items = list(value)
     check_join(d, items)
-    return do_join(context, items, d, attribute)
+    return str(do_join(context, items, d, attribute))
 
 
 def _to_json(

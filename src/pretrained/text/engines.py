@@ -12,12 +12,29 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pretrained.errors import TokenizerError
+from pretrained.errors import MissingDependencyError, TokenizerError
 
 if TYPE_CHECKING:
     import tokenizers
+
+
+def tokenizers_library() -> ModuleType:
+    """Return the ``tokenizers`` package.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        # Imported here: it is optional, and ByT5 does without.
+        import tokenizers  # noqa: PLC0415
+    except ImportError as error:
+        raise MissingDependencyError(
+            "This tokenizer needs the tokenizers package", mend="Install it: pip install 'pretrained[text]'."
+        ) from error
+    return tokenizers
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +226,26 @@ class TokenizersEngine:
             self.tokenizer.add_tokens(list(tokens))
         return self.size(with_added_tokens=True) - before
 
+    def set_ends(self, bos: str | None, eos: str | None) -> None:
+        """Make every row start and end with the given tokens, instead of what it does now.
+
+        Args:
+            bos: The token at the start; None for none.
+            eos: The token at the end; None for none.
+
+        Raises:
+            TokenizerError: one of them is not in the vocabulary.
+        """
+        special = [(token, self.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token]
+        for token, index in special:
+            if index is None:
+                raise TokenizerError(f"The special token {token!r} is not in the vocabulary")
+        row = [*([f"{bos}:0"] if bos else []), "$A:0", *([f"{eos}:0"] if eos else [])]
+        second = [*([f"{bos}:1"] if bos else []), "$B:1", *([f"{eos}:1"] if eos else [])]
+        self.tokenizer.post_processor = tokenizers_library().processors.TemplateProcessing(
+            single=row, pair=row + second, special_tokens=special
+        )
+
     def special_ids(self) -> set[int]:
         """Ids that ``skip_special_tokens`` leaves out."""
         added = self.tokenizer.get_added_tokens_decoder()
@@ -384,10 +421,10 @@ def load_json_tokenizer(text: str, where: object) -> TokenizersEngine:
     Raises:
         TokenizerError: it is not JSON, or no tokenizer that the ``tokenizers`` library knows.
     """
-    from tokenizers import Tokenizer  # noqa: PLC0415  # optional: only texts need it
-
     try:
-        return TokenizersEngine(Tokenizer.from_str(text))
+        return TokenizersEngine(tokenizers_library().Tokenizer.from_str(text))
+    except MissingDependencyError:
+        raise
     except Exception as error:  # the library raises bare Exception
         try:
             json.loads(text)
