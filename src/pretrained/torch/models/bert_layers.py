@@ -1,0 +1,475 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The leaves of BERT, which RoBERTa shares: embeddings, attention with its distances, blocks, the stack.
+
+Shapes: B batch, T new tokens, S cached and new tokens (or the encoder's), D hidden, H heads, K channels of
+a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from pretrained.arch.bert import RELATIVE_KEY_QUERY, BertConfig
+from pretrained.errors import ArgumentError
+from pretrained.torch.attention import attend
+from pretrained.torch.cache import Cache, DynamicCache, EncoderDecoderCache
+from pretrained.torch.inputs import embed_tokens, flags, new_positions
+from pretrained.torch.masks import additive, causal_mask, padding_mask
+from pretrained.torch.model import PreTrainedModel
+from pretrained.torch.nn import activation
+from pretrained.torch.outputs import BaseModelOutputWithPoolingAndCrossAttentions, finish
+
+
+class BertEmbeddings(nn.Module):
+    """Sum of token, segment and (where positions are absolute) position embeddings, normalised."""
+
+    position_padding: int | None = None
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, hidden, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, hidden)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, hidden)
+        self.LayerNorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.adds_positions = not config.relative_positions
+
+    def forward(
+        self,
+        embeds_BTD: torch.Tensor,
+        token_type_ids: torch.Tensor | None,
+        position_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return what the first block reads, [B, T, D].
+
+        Args:
+            embeds_BTD: Token embeddings.
+            token_type_ids: [B, T] segments; None for 0 everywhere.
+            position_ids: [1 or B, T].
+        """
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(position_ids)
+        x = embeds_BTD + self.token_type_embeddings(token_type_ids)
+        if self.adds_positions:
+            x = x + self.position_embeddings(position_ids)
+        return self.dropout(self.LayerNorm(x))
+
+    def positions(
+        self,
+        embeds: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        cache: Cache | None,
+        cache_position: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return the [1 or B, T] positions of new tokens: counted from 0, on from a cache.
+
+        Args:
+            embeds: [B, T, D] token embeddings.
+            input_ids: [B, T], or None where only embeddings are known.
+            cache: What came before.
+            cache_position: [T] slots of a static cache, which are positions too.
+
+        Raises:
+            ArgumentError: there are more tokens than positions.
+        """
+        first, position_ids = new_positions(embeds, cache, cache_position, None)
+        check_length(first + embeds.shape[1], self.position_embeddings.num_embeddings)
+        return position_ids
+
+
+def check_length(length: int, most: int) -> None:
+    """Raise where a sequence is longer than the table of positions.
+
+    Args:
+        length: Tokens, cached ones included.
+        most: Tokens that there are positions for.
+
+    Raises:
+        ArgumentError: it is too long.
+    """
+    if length > most:
+        raise ArgumentError(
+            "The sequence is longer than the model has positions for",
+            where="input_ids",
+            expected=f"at most {most} tokens",
+            found=f"{length} tokens",
+            mend="Truncate the input (a tokenizer's truncation=True, max_length=...), or split it.",
+        )
+
+
+class BertSelfAttention(nn.Module):
+    """Attention of the tokens among themselves, or of a decoder's tokens to an encoder's.
+
+    Pruned heads are absent: the projections have rows for those that are left.
+    """
+
+    def __init__(self, config: BertConfig, layer_idx: int, *, cross: bool = False) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.num_attention_heads = config.num_attention_heads if cross else config.heads_left(layer_idx)
+        self.attention_head_size = config.head_size
+        self.all_head_size = self.num_attention_heads * self.attention_head_size
+        self.scaling = self.attention_head_size**-0.5
+        self.is_causal = config.is_decoder and not cross
+        self.query = nn.Linear(config.hidden_size, self.all_head_size)
+        self.key = nn.Linear(config.hidden_size, self.all_head_size)
+        self.value = nn.Linear(config.hidden_size, self.all_head_size)
+        self.distance_embedding: nn.Embedding | None = None
+        if config.relative_positions and not cross:
+            distances = 2 * config.max_position_embeddings - 1
+            self.distance_embedding = nn.Embedding(distances, self.attention_head_size)
+
+    def forward(
+        self,
+        hidden_BTD: torch.Tensor,
+        mask: torch.Tensor | None,
+        distances: torch.Tensor | None,
+        cache: Cache | None,
+        cache_position: torch.Tensor | None,
+        output_attentions: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend from each new token to the cached and new ones it may see; [B, T, H * K] and weights."""
+        q_BHTK = self._heads(self.query(hidden_BTD))
+        k_BHSK, v_BHSK = self._heads(self.key(hidden_BTD)), self._heads(self.value(hidden_BTD))
+        if cache is not None:
+            k_BHSK, v_BHSK = cache.update(k_BHSK, v_BHSK, self.layer_idx, cache_position)
+        if distances is not None:
+            mask = self._with_distances(q_BHTK, k_BHSK, mask, distances)
+        return self._attend(q_BHTK, k_BHSK, v_BHSK, mask, output_attentions)
+
+    def cross(
+        self,
+        hidden_BTD: torch.Tensor,
+        encoder_BSD: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: Cache | None,
+        output_attentions: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend from each new token to the encoder's, whose keys and values are computed once."""
+        q_BHTK = self._heads(self.query(hidden_BTD))
+        kept = cache if isinstance(cache, EncoderDecoderCache) else None
+        if kept is not None and kept.is_updated.get(self.layer_idx):
+            k_BHSK, v_BHSK = kept.cross_attention_cache[self.layer_idx]
+        else:
+            k_BHSK, v_BHSK = self._heads(self.key(encoder_BSD)), self._heads(self.value(encoder_BSD))
+            if kept is not None:
+                k_BHSK, v_BHSK = kept.cross_attention_cache.update(k_BHSK, v_BHSK, self.layer_idx)
+                kept.is_updated[self.layer_idx] = True
+        return self._attend(q_BHTK, k_BHSK, v_BHSK, mask, output_attentions)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        output_attentions: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        out, weights = attend(
+            self,
+            self.config,
+            query,
+            key,
+            value,
+            mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_probs_dropout_prob,
+            is_causal=self.is_causal,
+            output_attentions=output_attentions,
+        )
+        return out.flatten(-2), weights
+
+    def _with_distances(
+        self,
+        q_BHTK: torch.Tensor,
+        k_BHSK: torch.Tensor,
+        mask: torch.Tensor | None,
+        distances_TS: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return an additive mask that holds the scores of relative positions too.
+
+        Shaw et al. 2018 (arXiv:1803.02155, equation 5) multiply queries with an embedding of the distance;
+        Huang et al. 2020 (arXiv:2009.13658, method 4) add the same for keys.
+        """
+        assert self.distance_embedding is not None
+        furthest = self.distance_embedding.num_embeddings // 2
+        # Slots of a static cache that are still to be filled may lie beyond the table; they are masked.
+        a_TSK = self.distance_embedding((distances_TS + furthest).clamp(0, 2 * furthest)).to(q_BHTK.dtype)
+        scores = torch.einsum("bhtk,tsk->bhts", q_BHTK, a_TSK)
+        if self.config.position_embedding_type == RELATIVE_KEY_QUERY:
+            scores = scores + torch.einsum("bhsk,tsk->bhts", k_BHSK, a_TSK)
+        if mask is None and self.is_causal:
+            mask = distances_TS >= 0
+        bias = additive(mask, scores.dtype)
+        return scores * self.scaling if bias is None else scores * self.scaling + bias
+
+
+class BertSelfOutput(nn.Module):
+    """What follows attention: a projection, added to the attention's input and normalised."""
+
+    def __init__(self, config: BertConfig, inner: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(inner, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Project [B, T, H * K] (or the feed-forward's inner size) and add the [B, T, D] residual."""
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+
+class BertOutput(BertSelfOutput):
+    """What follows the feed-forward network's inner layer, the same way."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config, config.intermediate_size)
+
+
+class BertAttention(nn.Module):
+    """Attention and what follows it, under the names of the checkpoints."""
+
+    def __init__(self, config: BertConfig, layer_idx: int, *, cross: bool = False) -> None:
+        super().__init__()
+        self.self = BertSelfAttention(config, layer_idx, cross=cross)
+        self.output = BertSelfOutput(config, self.self.all_head_size)
+
+
+class BertIntermediate(nn.Module):
+    """Inner layer of the feed-forward network."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.intermediate_act_fn = activation(config.hidden_act)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply the layer to [B, T, D]."""
+        return self.intermediate_act_fn(self.dense(x))
+
+
+class BertLayer(nn.Module):
+    """One block: attention, cross-attention where there is an encoder, feed-forward."""
+
+    def __init__(self, config: BertConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.chunk_size = config.chunk_size_feed_forward
+        self.attention = BertAttention(config, layer_idx)
+        self.crossattention = (
+            BertAttention(config, layer_idx, cross=True) if config.add_cross_attention else None
+        )
+        self.intermediate = BertIntermediate(config)
+        self.output = BertOutput(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        distances: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        cache_position: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Return the block's output [B, T, D] and, if asked, the weights of both attentions."""
+        attended, weights = self.attention.self(
+            hidden_states, mask, distances, cache, cache_position, output_attentions
+        )
+        x, cross_weights = self.attention.output(attended, hidden_states), None
+        if encoder_hidden_states is not None:
+            assert self.crossattention is not None
+            attended, cross_weights = self.crossattention.self.cross(
+                x, encoder_hidden_states, encoder_mask, cache, output_attentions
+            )
+            x = self.crossattention.output(attended, x)
+        return in_chunks(self._feed_forward, x, self.chunk_size), weights, cross_weights
+
+    def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(self.intermediate(x), x)
+
+
+def in_chunks(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, size: int) -> torch.Tensor:
+    """Apply a function of single tokens to `size` tokens at a time, which bounds its memory.
+
+    Args:
+        function: From [B, any, D] to the same shape.
+        x: [B, T, D].
+        size: Tokens at a time; 0 for all.
+    """
+    if size == 0:
+        return function(x)
+    return torch.cat([function(part) for part in x.split(size, dim=1)], dim=1)
+
+
+class BertEncoder(nn.Module):
+    """The blocks."""
+
+    layer_class: ClassVar[type[BertLayer]] = BertLayer
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_hidden_layers))
+
+
+class BertPooler(nn.Module):
+    """A layer on the first token, which stands for the row."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = nn.Tanh()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Turn [B, T, D] into [B, D]."""
+        return self.activation(self.dense(x[:, 0]))
+
+
+class BertStack(PreTrainedModel):
+    """The stack without a head; a family mixes it with its base class and names its layers' classes."""
+
+    embeddings_class: ClassVar[type[BertEmbeddings]] = BertEmbeddings
+    encoder_class: ClassVar[type[BertEncoder]] = BertEncoder
+    pooler_class: ClassVar[type[BertPooler]] = BertPooler
+
+    def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        self.embeddings = self.embeddings_class(config)
+        self.encoder = self.encoder_class(config)
+        self.pooler = self.pooler_class(config) if add_pooling_layer else None
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: torch.Tensor | None = None,
+    ) -> Any:
+        """Run the stack.
+
+        Args:
+            input_ids: [B, T] token ids; or give `inputs_embeds`.
+            attention_mask: [B, S] with 0 for padding, a ready mask of rank 4, or None for no padding.
+            token_type_ids: [B, T] segments; None for 0 everywhere.
+            position_ids: [B, T]; None counts. Without effect where positions are relative.
+            inputs_embeds: [B, T, D] instead of ids.
+            encoder_hidden_states: [B, encoder length, D] that a decoder with cross-attention looks at.
+            encoder_attention_mask: [B, encoder length] with 0 for padding, or None.
+            past_key_values: A cache, extended in place.
+            use_cache: Return a cache, in a decoder; None for the config's choice.
+            output_attentions: Return each layer's weights; None for the config's choice.
+            output_hidden_states: Return the embeddings and each layer's output; None as above.
+            return_dict: False for a plain tuple; None as above.
+            cache_position: [T] slots of a static cache to write, for compiled steps; None counts.
+
+        Raises:
+            ArgumentError: inputs that contradict each other or the config, or are too long.
+        """
+        attentions, hidden, use_cache, as_dict = flags(
+            self.config, output_attentions, output_hidden_states, use_cache, return_dict
+        )
+        use_cache = use_cache and self.config.is_decoder
+        encoder_mask = self._encoder_mask(encoder_hidden_states, encoder_attention_mask)
+        embeds = embed_tokens(self.embeddings.word_embeddings, input_ids, inputs_embeds)
+        if use_cache and past_key_values is None:
+            past_key_values = self._new_cache(encoder_hidden_states is not None)
+        mask, distances = self._mask(embeds, attention_mask, past_key_values, cache_position)
+        if position_ids is None:
+            position_ids = self.embeddings.positions(embeds, input_ids, past_key_values, cache_position)
+        x = self.embeddings(embeds, token_type_ids, position_ids)
+        all_hidden, weights, cross_weights = [x], [], []
+        for layer in self.encoder.layer:
+            x, own, cross = layer(
+                x,
+                mask,
+                distances,
+                encoder_hidden_states,
+                encoder_mask,
+                past_key_values,
+                cache_position,
+                attentions,
+            )
+            all_hidden.append(x)
+            weights.append(own)
+            cross_weights.append(cross)
+        result = BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=x,
+            pooler_output=None if self.pooler is None else self.pooler(x),
+            hidden_states=tuple(all_hidden) if hidden else None,
+            past_key_values=past_key_values if use_cache else None,
+            attentions=tuple(weights) if attentions else None,
+            cross_attentions=tuple(cross_weights)
+            if attentions and encoder_hidden_states is not None
+            else None,
+        )
+        return finish(result, as_dict)
+
+    def _new_cache(self, crosses: bool) -> Cache:
+        if crosses:
+            return EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        return DynamicCache(config=self.config)
+
+    def _encoder_mask(self, states: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Return which of the encoder's tokens may be looked at, after checking that something looks."""
+        if states is None and mask is not None:
+            raise ArgumentError(
+                "encoder_attention_mask masks encoder_hidden_states, which are not given",
+                where="encoder_attention_mask",
+            )
+        if states is None:
+            return None
+        if not self.config.add_cross_attention:
+            raise ArgumentError(
+                f"This {type(self).__name__} has no layers that look at encoder_hidden_states",
+                where="encoder_hidden_states",
+                mend="Build it from a config with is_decoder=True and add_cross_attention=True.",
+            )
+        return padding_mask(mask, kv_length=states.shape[1])
+
+    def _mask(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+        cache_position: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return who may look at whom and, where positions are relative, [T, S] query minus key positions."""
+        length, first, kv_length, kv_offset = x.shape[1], 0, x.shape[1], 0
+        if cache is not None:
+            kv_length, kv_offset = cache.get_mask_sizes(length, cache_position=cache_position)
+            first = cache.get_seq_length()
+        if self.config.is_decoder:
+            mask = causal_mask(
+                query_length=length,
+                kv_length=kv_length,
+                kv_offset=kv_offset,
+                query_positions=first if cache_position is None else cache_position,
+                attention_mask=attention_mask,
+                device=x.device,
+            )
+        else:
+            mask = padding_mask(attention_mask, kv_length=kv_length)
+        if not self.config.relative_positions:
+            return mask, None
+        keys = torch.arange(kv_offset, kv_offset + kv_length, device=x.device)
+        queries = (
+            torch.arange(first, first + length, device=x.device) if cache_position is None else cache_position
+        )
+        return mask, queries[:, None] - keys[None, :]
