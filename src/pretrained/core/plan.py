@@ -80,12 +80,19 @@ class LoadStep:
         source: The span in the file.
         dtype: Name of the dtype it is loaded as.
         apply: Change of layout on the way, or None.
+        shape: Shape after `apply`; None for the shape in the file.
     """
 
     key: str
     source: TensorInfo
     dtype: str
     apply: Callable[[Any], Any] | None = None
+    shape: tuple[int, ...] | None = None
+
+    @property
+    def is_view(self) -> bool:
+        """Whether the file's bytes are the weight's values as they stand."""
+        return self.apply is None and self.source.dtype == self.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +205,7 @@ def _steps(
             mismatched.append((key, shape, spec.shape))
             continue
         dtype = _target_dtype(key, info.dtype, policy)
-        steps.append(LoadStep(key, info, dtype, None if layout is None else layout.apply))
+        steps.append(LoadStep(key, info, dtype, None if layout is None else layout.apply, shape))
     return steps, mismatched
 
 

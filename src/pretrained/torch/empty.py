@@ -29,7 +29,9 @@ class _NoValues(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        fills = getattr(func, "__module__", None) == "torch.nn.init" or getattr(func, "__name__", "") in _FILLS
+        fills = (
+            getattr(func, "__module__", None) == "torch.nn.init" or getattr(func, "__name__", "") in _FILLS
+        )
         target = args[0] if args else kwargs.get("tensor")
         if fills and isinstance(target, torch.Tensor) and target.is_meta:
             return target

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
+
 from pretrained.arch.gguf import gguf_architecture, gguf_config, gguf_key_map
 from pretrained.core.checkpoint import Checkpoint, TensorInfo
 from pretrained.core.config import PreTrainedConfig, read_json_object
@@ -23,7 +27,7 @@ from pretrained.core.files import find_weights, open_checkpoint
 from pretrained.core.generation_config import GenerationConfig
 from pretrained.core.hub import Source, resolve
 from pretrained.core.options import LoadOptions
-from pretrained.core.plan import LoadPlan, LoadPolicy, MappedTensor, plan_load
+from pretrained.core.plan import LoadPlan, LoadPolicy, LoadStep, MappedTensor, plan_load
 from pretrained.core.progress import reporting
 from pretrained.core.report import LoadReport
 from pretrained.core.skeleton import ParamSpec, Skeleton
@@ -36,8 +40,7 @@ from pretrained.errors import (
 )
 from pretrained.torch.empty import no_memory
 from pretrained.torch.initialise import initialise_missing
-from pretrained.torch.tensors import TORCH_DTYPES, dtype_name_of, mapped_reader, state_dict_reader
-from torch import nn
+from pretrained.torch.tensors import TORCH_DTYPES, Read, dtype_name_of, mapped_reader, state_dict_reader
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +48,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_DTYPE = "float32"
 
 Model = TypeVar("Model", bound=Any)
-Read = Callable[[TensorInfo, Callable[[Any], Any] | None, torch.dtype, torch.device], torch.Tensor]
 
 
 def from_pretrained(cls: type[Model], path: str | Path | None, *model_args: Any, **kwargs: Any) -> Any:
@@ -211,8 +213,7 @@ def execute(
     """
     done = 0
     with reporting(progress, plan.nbytes_to_read, "loading") as report:
-        for step in plan.steps:
-            tensor = read(step.source, step.apply, TORCH_DTYPES[step.dtype], device)
+        for step, tensor in _read_all(plan, read, device):
             assign(model, step.key, tensor)
             done += step.source.nbytes
             report(done, plan.nbytes_to_read, "loading")
@@ -224,6 +225,16 @@ def execute(
     _audit(model, new)
     for module in model.modules():
         module._initialised = True
+
+
+def _read_all(plan: LoadPlan, read: Read, device: torch.device) -> Iterator[tuple[LoadStep, torch.Tensor]]:
+    """Read every step, in file order; those that compute something side by side."""
+    if all(step.is_view for step in plan.steps):
+        for step in plan.steps:
+            yield step, read(step, device)
+        return
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        yield from zip(plan.steps, pool.map(lambda step: read(step, device), plan.steps), strict=True)
 
 
 def assign(model: nn.Module, key: str, tensor: torch.Tensor) -> None:

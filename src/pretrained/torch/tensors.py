@@ -3,13 +3,20 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Mapping
-from typing import Any
 
+import numpy as np
 import torch
+
 from pretrained.core.checkpoint import TensorInfo
 from pretrained.core.dtypes import DTYPES
+from pretrained.core.ggml import dequantize
+from pretrained.core.plan import LoadStep
 from pretrained.core.reader import MappedFiles
+
+Read = Callable[[LoadStep, torch.device], torch.Tensor]
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES if hasattr(torch, name)}
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -24,10 +31,44 @@ def dtype_name_of(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
-def mapped_reader(
-    *, copy_all: bool = False
-) -> Callable[[TensorInfo, Callable[[Any], Any] | None, torch.dtype, torch.device], torch.Tensor]:
-    """Return a function that reads tensors from mapped files.
+class Arena:
+    """Memory for tensors that cannot be views of a file, taken in large pieces.
+
+    A new process pays for memory page by page when it first writes it; numpy asks for huge pages from
+    4 MB on, which most single weights do not reach. A piece is freed with the last tensor in it.
+    """
+
+    _PIECE = 64 << 20
+    _ALIGN = 64
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._piece = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return a tensor with memory and no values yet.
+
+        Args:
+            shape: Its sizes.
+            dtype: Its dtype.
+        """
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes > self._PIECE // 4:
+            return _bytes(nbytes).view(dtype).view(shape)
+        with self._lock:
+            if self._used + nbytes > self._piece.numel():
+                self._piece, self._used = _bytes(self._PIECE), 0
+            start, self._used = self._used, -(-(self._used + nbytes) // self._ALIGN) * self._ALIGN
+            return self._piece[start : start + nbytes].view(dtype).view(shape)
+
+
+def _bytes(count: int) -> torch.Tensor:
+    return torch.from_numpy(np.empty(count, dtype=np.uint8))
+
+
+def mapped_reader(*, copy_all: bool = False) -> Read:
+    """Return a function that reads tensors from mapped files; threads may call it side by side.
 
     A tensor that needs no cast and stays on the CPU is a view of a private map: its pages are the
     file's own, shared between processes, until something writes to them; the file never changes.
@@ -35,32 +76,44 @@ def mapped_reader(
     Args:
         copy_all: Give every tensor memory of its own.
     """
-    files = MappedFiles()
+    files, arena = MappedFiles(), Arena()
 
-    def read(
-        info: TensorInfo, apply: Callable[[Any], Any] | None, dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
-        tensor = _view(files, info) if info.dtype in TORCH_DTYPES else torch.from_numpy(files.array(info))
-        if apply is not None:
-            tensor = torch.from_numpy(apply(tensor.float().numpy())).contiguous()
-        return tensor.to(device=device, dtype=dtype, copy=copy_all)
+    def read(step: LoadStep, device: torch.device) -> torch.Tensor:
+        info, dtype = step.source, TORCH_DTYPES[step.dtype]
+        stored = TORCH_DTYPES.get(info.dtype)
+        on_cpu = device.type == "cpu"
+        if step.is_view and on_cpu and not copy_all:
+            return _view(files, info)
+        shape = step.shape if step.shape is not None else info.shape
+        target = (
+            arena.empty(shape, dtype)
+            if device.type == "cpu"
+            else torch.empty(shape, dtype=dtype, device=device)
+        )
+        if stored is not None:
+            values = _view(files, info)
+        elif step.apply is None and dtype == torch.float32 and on_cpu:
+            dequantize(files.buffer(info), info.dtype, info.shape, out=target.numpy())
+            return target
+        else:
+            values = torch.from_numpy(dequantize(files.buffer(info), info.dtype, info.shape))
+        if step.apply is not None:
+            values = torch.from_numpy(step.apply(values.float().numpy()))
+        return target.copy_(values)
 
     return read
 
 
-def state_dict_reader(
-    state_dict: Mapping[str, torch.Tensor],
-) -> Callable[[TensorInfo, Callable[[Any], Any] | None, torch.dtype, torch.device], torch.Tensor]:
+def state_dict_reader(state_dict: Mapping[str, torch.Tensor]) -> Read:
     """Return a function that reads tensors from a state dict, without sharing its memory.
 
     Args:
         state_dict: Tensors by name.
     """
 
-    def read(
-        info: TensorInfo, apply: Callable[[Any], Any] | None, dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
-        return state_dict[info.key].detach().to(device=device, dtype=dtype, copy=True).contiguous()
+    def read(step: LoadStep, device: torch.device) -> torch.Tensor:
+        tensor = state_dict[step.source.key].detach()
+        return tensor.to(device=device, dtype=TORCH_DTYPES[step.dtype], copy=True).contiguous()
 
     return read
 
