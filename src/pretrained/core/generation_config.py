@@ -420,7 +420,7 @@ def _wrong_value(name: str, value: Any, expected: str) -> GenerationError:
     )
     if name == "top_p" and value == 0:
         mend = "For the most probable token alone, pass do_sample=False."
-    return GenerationError(f"{name} cannot be {value!r}", where=name, expected=expected, mend=mend)
+    return GenerationError(f"{name} cannot be {value!r}", expected=expected, mend=mend)
 
 
 def _contradictions(config: GenerationConfig) -> list[GenerationError]:

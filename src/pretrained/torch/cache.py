@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+
 from pretrained.errors import ArgumentError, GenerationError, NotYetError
 
 UNBOUNDED = -1

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+
 from pretrained.core.generation_config import GenerationConfig
 from pretrained.errors import GenerationError
 from pretrained.torch.cache import Cache, EncoderDecoderCache

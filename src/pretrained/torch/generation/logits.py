@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+
 from pretrained.errors import GenerationError
 
 TokenIds = int | Sequence[int] | torch.Tensor
@@ -466,11 +467,11 @@ def _for_rows(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 
 def _count(name: str, value: int, least: int) -> int:
     if not isinstance(value, int) or value < least:
-        raise GenerationError(f"{name} cannot be {value!r}", where=name, expected=f"{least} or more")
+        raise GenerationError(f"{name} cannot be {value!r}", expected=f"{least} or more")
     return value
 
 
 def _above_0(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise GenerationError(f"{name} cannot be {value!r}", where=name, expected="a number above 0")
+        raise GenerationError(f"{name} cannot be {value!r}", expected="a number above 0")
     return float(value)

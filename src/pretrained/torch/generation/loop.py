@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from pretrained.core.generation_config import GenerationConfig
 from pretrained.errors import GenerationError
 from pretrained.torch.cache import Cache, DynamicCache, EncoderDecoderCache, StaticCache

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+
 from pretrained.core.generation_config import GenerationConfig, GenerationMode
 from pretrained.errors import GenerationError, NotYetError
 from pretrained.torch.cache import Cache

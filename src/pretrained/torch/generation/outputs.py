@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from pretrained.torch.outputs import ModelOutput
 
 Steps = tuple[torch.Tensor, ...]

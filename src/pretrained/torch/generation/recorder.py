@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from pretrained.core.generation_config import GenerationConfig
 from pretrained.torch.generation.inputs import GenerationInputs
 from pretrained.torch.generation.outputs import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput

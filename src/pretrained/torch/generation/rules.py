@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+
 from pretrained.core.generation_config import GenerationConfig
 from pretrained.errors import GenerationError
 from pretrained.torch.generation import logits as rules

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
 from pretrained.errors import GenerationError
 from pretrained.torch.generation.logits import TokenIds, token_tensor
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
 from pretrained.torch.generation.logits import LogitsProcessorList
 from pretrained.torch.generation.loop import Decoder, Sequences, last_logits
 from pretrained.torch.generation.recorder import Recorder

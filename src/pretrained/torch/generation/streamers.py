@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import torch
+
 from pretrained.errors import GenerationError
 
 

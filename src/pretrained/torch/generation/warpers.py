@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 
 import torch
+
 from pretrained.errors import GenerationError
 from pretrained.torch.generation.logits import LogitsProcessor
 
@@ -217,5 +218,5 @@ class EtaLogitsWarper(_Filter):
 
 def _within(name: str, value: float, expected: str, right: Callable[[float], bool]) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not right(value):
-        raise GenerationError(f"{name} cannot be {value!r}", where=name, expected=expected)
+        raise GenerationError(f"{name} cannot be {value!r}", expected=expected)
     return value

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slow numpy versions of the rules on scores: one row, one token, one plain loop at a time.
+
+They are the truth that each framework's fast rules are tested against. Every function takes
+``ids`` [rows, length] and ``scores`` [rows, vocab] (float64 inside) and returns new scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+Scores = NDArray[np.float64]
+
+INF = math.inf
+
+
+def softmax(scores: Scores) -> Scores:
+    """Return probabilities of each row.
+
+    Args:
+        scores: [rows, vocab].
+    """
+    out = np.empty_like(scores, dtype=np.float64)
+    for row, values in enumerate(scores):
+        powers = [math.exp(value - values.max()) for value in values]
+        out[row] = [power / sum(powers) for power in powers]
+    return out
+
+
+def log_normalised(ids: Ids, scores: Scores) -> Scores:
+    """Return logarithms of probabilities."""
+    with np.errstate(divide="ignore"):
+        return np.log(softmax(scores))
+
+
+# -- lengths and ends ----------------------------------------------------------------------------
+
+
+def without(scores: Scores, tokens: Sequence[int]) -> Scores:
+    """Return scores in which some tokens are impossible.
+
+    Args:
+        scores: [rows, vocab].
+        tokens: Which.
+    """
+    out = scores.copy()
+    for row in out:
+        for token in tokens:
+            row[token] = -INF
+    return out
+
+
+def only(scores: Scores, tokens: Sequence[int]) -> Scores:
+    """Return scores in which only some tokens are possible, all alike.
+
+    Args:
+        scores: [rows, vocab].
+        tokens: Which.
+    """
+    out = np.full_like(scores, -INF)
+    for row in out:
+        for token in tokens:
+            row[token] = 0.0
+    return out
+
+
+def min_length(ids: Ids, scores: Scores, length: int, ends: Sequence[int]) -> Scores:
+    """No end before `length` tokens."""
+    return without(scores, ends) if ids.shape[1] < length else scores.copy()
+
+
+def forced_first(ids: Ids, scores: Scores, token: int) -> Scores:
+    """One token after the start token."""
+    return only(scores, [token]) if ids.shape[1] == 1 else scores.copy()
+
+
+def forced_last(ids: Ids, scores: Scores, max_length: int, ends: Sequence[int]) -> Scores:
+    """Given tokens as the last one."""
+    return only(scores, ends) if ids.shape[1] == max_length - 1 else scores.copy()
+
+
+def suppressed_at_begin(ids: Ids, scores: Scores, tokens: Sequence[int], begin: int) -> Scores:
+    """Not the given tokens at one length."""
+    return without(scores, tokens) if ids.shape[1] == begin else scores.copy()
+
+
+def decaying_length(
+    ids: Ids, scores: Scores, start: int, factor: float, ends: Sequence[int], prompt: int
+) -> Scores:
+    """Ends become likelier: score + |score| (factor^late - 1), where late counts tokens after the start."""
+    out = scores.copy()
+    late = ids.shape[1] - prompt - start
+    for row in out:
+        for end in ends:
+            if late > 0 and math.isfinite(row[end]):
+                row[end] += abs(row[end]) * (factor**late - 1)
+    return out
+
+
+# -- repetition ----------------------------------------------------------------------------------
+
+
+def repetition(ids: Ids, scores: Scores, penalty: float, skip: int | Sequence[int] = 0) -> Scores:
+    """Tokens that occurred: scores above 0 divided by the penalty, below 0 multiplied.
+
+    `skip` leaves out tokens at the beginning, the same number or one number for each row.
+    """
+    out = scores.copy()
+    for row, values in enumerate(out):
+        first = skip if isinstance(skip, int) else skip[row]
+        for token in set(ids[row, first:].tolist()):
+            if token < len(values):
+                values[token] = values[token] * penalty if values[token] < 0 else values[token] / penalty
+    return out
+
+
+def no_repeated_ngram(ids: Ids, scores: Scores, size: int, source: Ids | None = None) -> Scores:
+    """No n-gram of `source` (or of the sequence itself) again."""
+    out = scores.copy()
+    source = ids if source is None else source
+    for row, values in enumerate(out):
+        sequence, seen = ids[row].tolist(), source[row * len(source) // len(ids)].tolist()
+        beginning = sequence[len(sequence) - size + 1 :]
+        if len(sequence) < size - 1:
+            continue
+        for at in range(len(seen) - size + 1):
+            if seen[at : at + size - 1] == beginning and seen[at + size - 1] < len(values):
+                values[seen[at + size - 1]] = -INF
+    return out
+
+
+def biased_sequences(ids: Ids, scores: Scores, bias: Mapping[tuple[int, ...], float]) -> Scores:
+    """A bias for tokens that would complete a sequence."""
+    out = scores.copy()
+    for row, values in enumerate(out):
+        sequence = ids[row].tolist()
+        for tokens, amount in bias.items():
+            before = list(tokens[:-1])
+            if len(before) <= len(sequence) and sequence[len(sequence) - len(before) :] == before:
+                values[tokens[-1]] += amount
+    return out
+
+
+def constrained_prefix(
+    ids: Ids, scores: Scores, allowed: Callable[[int, Ids], Sequence[int]], beams: int = 1
+) -> Scores:
+    """Only allowed tokens; where all beams of a row lose all of them, these at 0."""
+    mask = np.full_like(scores, -INF)
+    for row in range(len(ids)):
+        for token in allowed(row // beams, ids[row]):
+            mask[row, token] = 0.0
+    out = scores + mask
+    for first in range(0, len(ids), beams):
+        if np.all(out[first : first + beams] == -INF):
+            out[first : first + beams] = mask[first : first + beams]
+    return out
+
+
+def finite(ids: Ids, scores: Scores, dtype: type = np.float32) -> Scores:
+    """NaN becomes 0, infinities the ends of the dtype's range."""
+    out = scores.copy()
+    limits = np.finfo(dtype)
+    for row in out:
+        for token, value in enumerate(row):
+            if math.isnan(value):
+                row[token] = 0.0
+            elif math.isinf(value):
+                row[token] = limits.max if value > 0 else limits.min
+    return out
+
+
+# -- filters for sampling ------------------------------------------------------------------------
+
+
+def _keeping(scores: Scores, kept: Sequence[set[int]]) -> Scores:
+    out = np.full_like(scores, -INF)
+    for row, tokens in enumerate(kept):
+        for token in tokens:
+            out[row, token] = scores[row, token]
+    return out
+
+
+def _best(values: Scores, count: int) -> list[int]:
+    """Token ids from the highest score down, `count` of them."""
+    return sorted(range(len(values)), key=lambda token: -values[token])[:count]
+
+
+def top_k(ids: Ids, scores: Scores, k: int, keep: int = 1) -> Scores:
+    """The k best, and those that score the same as the last of them."""
+    kept = []
+    for values in scores:
+        least = values[_best(values, max(k, keep))[-1]]
+        kept.append({token for token, value in enumerate(values) if value >= least})
+    return _keeping(scores, kept)
+
+
+def top_p(ids: Ids, scores: Scores, p: float, keep: int = 1) -> Scores:
+    """The fewest best whose probabilities reach p together."""
+    kept = []
+    for values, probs in zip(scores, softmax(scores), strict=True):
+        tokens: set[int] = set()
+        mass = 0.0
+        for token in _best(values, len(values)):
+            if mass < p or len(tokens) < keep:
+                tokens.add(token)
+            mass += probs[token]
+        kept.append(tokens)
+    return _keeping(scores, kept)
+
+
+def top_h(ids: Ids, scores: Scores, share: float, top_n: int = 100) -> Scores:
+    """The best, in turn, while their entropies add up to a share of all (of the best `top_n`)."""
+    kept = []
+    for values in scores:
+        best = _best(values, top_n)
+        probs = softmax(values[None, best])[0]
+        terms = [-p * math.log(p) if p > 0 else 0.0 for p in probs]
+        tokens = {best[0]}
+        total = 0.0
+        for token, term in zip(best, terms, strict=True):
+            total += term
+            if total > share * sum(terms):
+                break
+            tokens.add(token)
+        kept.append(tokens)
+    return _keeping(scores, kept)
+
+
+def _at_least(scores: Scores, bounds: Sequence[float], keep: int) -> Scores:
+    """Tokens whose probability reaches a bound, and the best few in any case."""
+    kept = []
+    for values, probs, bound in zip(scores, softmax(scores), bounds, strict=True):
+        tokens = {token for token, p in enumerate(probs) if p >= bound}
+        kept.append(tokens | set(_best(values, keep)))
+    return _keeping(scores, kept)
+
+
+def min_p(ids: Ids, scores: Scores, share: float, keep: int = 1) -> Scores:
+    """Tokens at least `share` times as likely as the likeliest."""
+    return _at_least(scores, [share * probs.max() for probs in softmax(scores)], keep)
+
+
+def epsilon(ids: Ids, scores: Scores, bound: float, keep: int = 1) -> Scores:
+    """Tokens at least as likely as `bound`."""
+    return _at_least(scores, [bound] * len(scores), keep)
+
+
+def eta(ids: Ids, scores: Scores, bound: float, keep: int = 1) -> Scores:
+    """Tokens at least as likely as min(bound, sqrt(bound) exp(-entropy))."""
+    bounds = [min(bound, math.sqrt(bound) * math.exp(-_entropy(probs))) for probs in softmax(scores)]
+    return _at_least(scores, bounds, keep)
+
+
+def typical(ids: Ids, scores: Scores, mass: float, keep: int = 1) -> Scores:
+    """Tokens whose surprise is nearest to the entropy, until their mass is reached."""
+    kept = []
+    for probs in softmax(scores):
+        entropy = _entropy(probs)
+        distance = [abs(-math.log(p) - entropy) if p > 0 else INF for p in probs]
+        order = sorted(range(len(probs)), key=lambda token: distance[token])
+        tokens: set[int] = set()
+        total = 0.0
+        for token in order:
+            if total < mass or len(tokens) < keep:
+                tokens.add(token)
+            total += probs[token]
+        kept.append(tokens)
+    return _keeping(scores, kept)
+
+
+def _entropy(probs: Scores) -> float:
+    return -sum(p * math.log(p) for p in probs if p > 0)
