@@ -92,8 +92,11 @@ class GenerationConfig(PushToHubMixin):
             raise _unknown(name)
 
     def __delattr__(self, name: str) -> None:
-        if self._values.pop(name, None) is None and self._extra.pop(name, None) is None:
-            raise AttributeError(f"GenerationConfig has no set field {name!r}")
+        for values in (self._values, self._extra):
+            if name in values:
+                del values[name]
+                return
+        raise AttributeError(f"GenerationConfig has no set field {name!r}")
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *FIELDS, *self._extra]
