@@ -111,6 +111,33 @@ def render_chat(
         Budget.current.reset(token)
 
 
+def cut_after_final_message(text: str, messages: Sequence[_Message]) -> str:
+    """End a rendered conversation inside its last message, for a model to go on with.
+
+    Args:
+        text: What `render_chat` wrote.
+        messages: The conversation.
+
+    Raises:
+        TokenizerError: the template changed the last message, so its end cannot be found.
+    """
+    content = messages[-1].get("content")
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        content = next((part["text"] for part in reversed(content) if "text" in part), None)
+    if isinstance(content, str):
+        # Templates often strip the content.
+        for candidate in (content, content.strip()):
+            start = text.rfind(candidate)
+            if start >= 0:
+                return text[: start + len(candidate)]
+    raise TokenizerError(
+        "The last message is not found in what the chat template made of it",
+        where="continue_final_message",
+        found=repr(content)[:80],
+        mend="This template changes messages; end the prompt by hand.",
+    )
+
+
 def check_messages(messages: Sequence[_Message]) -> None:
     """Raise TokenizerError unless this is a conversation.
 

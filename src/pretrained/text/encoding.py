@@ -125,3 +125,16 @@ def pad_rows(
             filled.append(filler + list(row) if side == "left" else list(row) + filler)
         padded[name] = filled
     return padded
+
+
+def plain(values: Any) -> Any:
+    """Turn arrays and tensors of any framework into Python's lists and numbers.
+
+    Args:
+        values: A number, a sequence, an array, a tensor, or a sequence of those.
+    """
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    if isinstance(values, list | tuple) and any(hasattr(v, "tolist") for v in values):
+        return [plain(v) for v in values]
+    return list(values) if isinstance(values, tuple) else values

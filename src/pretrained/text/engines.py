@@ -270,6 +270,7 @@ class ByteEngine:
     _BASE = ("<pad>", "</s>", "<unk>")
 
     def __init__(self, extra_ids: int = 125) -> None:
+        self.extra_ids = extra_ids
         named = [*self._BASE, *(None for _ in range(256)), *(f"<extra_id_{i}>" for i in range(extra_ids))]
         self._added = {token: index for index, token in enumerate(named) if token is not None}
         self._special = set(self._added.values())
@@ -393,6 +394,20 @@ class ByteEngine:
 
     def to_json(self) -> None:
         """None: there is nothing to store."""
+
+    def added_tokens(self) -> dict[str, dict[str, Any]]:
+        """Tokens besides the bytes by id, as tokenizer_config.json's ``added_tokens_decoder`` lists them."""
+        plain = {"normalized": False, "single_word": False}
+        return {
+            str(index): {
+                "content": token,
+                "lstrip": token in self._BASE,
+                "rstrip": token in self._BASE,
+                "special": index in self._special,
+                **plain,
+            }
+            for token, index in self._added.items()
+        }
 
 
 def _room(truncation: Truncation, special: int) -> int:
