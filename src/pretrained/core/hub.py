@@ -10,14 +10,14 @@ and the repository is listed once, so a file that is not there costs no request.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
-from collections.abc import Collection, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from pretrained.core.weights_names import INDEX_NAME, choose_weights, few
 from pretrained.errors import ArgumentError, CheckpointError, FileError, did_you_mean
 
 # The Hub's rule for names: letters, digits, "-", "_", "."; no dot or dash at the ends; no "--" or "..".
@@ -163,8 +163,11 @@ class Source:
             where=self._label(),
         )
         path = self.require(name)
-        if name.endswith(".json"):
-            for shard in _shards(path):
+        if INDEX_NAME.fullmatch(name):
+            # Imported here: only an index of a repository needs it, and it brings NumPy.
+            from pretrained.core.files import read_index  # noqa: PLC0415
+
+            for shard in read_index(path).files:
                 if shard not in self.names:
                     raise CheckpointError(
                         f"The index names the file {shard!r}, which the repository does not hold",
@@ -207,83 +210,7 @@ class Source:
             mend = "Only the download cache was searched; allow downloads to look at the Hub."
         else:
             mend = "Check the path, or save the model there first with save_pretrained."
-        return FileError(f"There is no {name}", where=self._label(), found=_few(names), mend=mend)
-
-
-def choose_weights(
-    names: Collection[str],
-    *,
-    variant: str | None = None,
-    use_safetensors: bool | None = None,
-    gguf_file: str | None = None,
-    where: str = "",
-) -> str:
-    """Choose the file that holds the weights, or the index of those that do.
-
-    The order is: the GGUF file asked for; ``model.safetensors``, its index; ``pytorch_model.bin``, its
-    index. A variant goes before the last extension: ``model.fp16.safetensors``,
-    ``model.safetensors.index.fp16.json``.
-
-    Args:
-        names: The files there are.
-        variant: Infix of the names.
-        use_safetensors: None prefers safetensors, True requires it, False skips it.
-        gguf_file: Use this file.
-        where: What an error says about the place.
-
-    Raises:
-        FileError: there is no such file; the message names the candidates.
-    """
-    if gguf_file is not None:
-        if gguf_file in names:
-            return gguf_file
-        ggufs = [n for n in names if n.endswith(".gguf")]
-        raise FileError(
-            f"There is no GGUF file {gguf_file!r}",
-            where=where,
-            found=_few(ggufs) if ggufs else "no GGUF file",
-            mend=did_you_mean(gguf_file, ggufs) or None,
-        )
-    candidates: list[str] = []
-    if use_safetensors is not False:
-        candidates += ["model.safetensors", "model.safetensors.index.json"]
-    if use_safetensors is not True:
-        candidates += ["pytorch_model.bin", "pytorch_model.bin.index.json"]
-    if variant:
-        candidates = [f"{stem}.{variant}.{end}" for stem, _, end in (c.rpartition(".") for c in candidates)]
-    for candidate in candidates:
-        if candidate in names:
-            return candidate
-    weights = [
-        n for n in names if n.endswith((".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".index.json"))
-    ]
-    raise FileError(
-        "There are no weights",
-        where=where,
-        expected=" or ".join(candidates),
-        found=_few(weights) if weights else _few(names),
-        mend=_weights_mend(weights, variant, use_safetensors),
-    )
-
-
-def _weights_mend(weights: list[str], variant: str | None, use_safetensors: bool | None) -> str | None:
-    ggufs = sorted(n for n in weights if n.endswith(".gguf"))
-    variants = sorted(
-        {
-            m[1]
-            for n in weights
-            if (m := re.fullmatch(r"(?:model|pytorch_model)\.(\w+)\.(?:safetensors|bin)", n))
-        }
-    )
-    if ggufs:
-        return f"Pass gguf_file={ggufs[0]!r}."
-    if variants and variant not in variants:
-        return f"Pass variant={variants[0]!r}."
-    if variant:
-        return "Drop variant to use the plain names."
-    if use_safetensors is not None and weights:
-        return "Drop use_safetensors to take either format."
-    return None
+        return FileError(f"There is no {name}", where=self._label(), found=few(names), mend=mend)
 
 
 def resolve(path_or_id: str | os.PathLike[str] | Source, options: HubOptions | None = None) -> Source:
@@ -392,23 +319,6 @@ def _resolve_id(repo_id: str, options: HubOptions) -> Source:
     return Source("hub", repo_id, found.folder, commit=found.commit, names=found.names, options=options)
 
 
-def _shards(index: Path) -> list[str]:
-    """The files that an index names, in the order of their names."""
-    try:
-        shards = {str(shard) for shard in json.loads(index.read_bytes())["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            "The weights index is malformed",
-            where=index,
-            expected='JSON with a "weight_map" of tensor names to files',
-            found=f"{type(error).__name__}: {error}",
-            mend="Fetch it again with force_download=True.",
-        ) from error
-    for shard in shards:
-        _check_inside(shard, "file in the weights index")
-    return sorted(shards)
-
-
 def _check_inside(name: str, what: str) -> None:
     """Refuse a name that would leave the model's folder."""
     path = PurePosixPath(name.replace("\\", "/"))
@@ -421,12 +331,6 @@ def _listing(folder: Path) -> list[str]:
     top = _peek(folder)
     inner = [path for sub in top if sub.is_dir() for path in _peek(sub)]
     return [path.relative_to(folder).as_posix() for path in top + inner if path.is_file()]
-
-
-def _few(names: Collection[str]) -> str:
-    ordered = sorted(names)
-    text = ", ".join(ordered[:8]) or "no files"
-    return f"{text} and {len(ordered) - 8} more" if len(ordered) > 8 else text
 
 
 def _near_local(name: str) -> str:
