@@ -147,6 +147,21 @@ class _RobertaLanguageHead:
 class RobertaForCausalLM(_RobertaLanguageHead, bert_heads.CausalLM, RobertaPreTrainedModel, GenerationMixin):
     """RoBERTa as a decoder with a language-model head."""
 
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Return the arguments of one forward, with RoBERTa's positions where rows are padded.
+
+        Args:
+            input_ids: [rows, length] all tokens so far.
+            **kwargs: As for `GenerationMixin.prepare_inputs_for_generation`.
+        """
+        prepared = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        mask, positions = prepared.get("attention_mask"), prepared.get("position_ids")
+        if mask is not None and positions is not None and kwargs.get("position_ids") is None:
+            # The general rule counts from 0; these embeddings have padding at padding_idx and text above.
+            counted = mask.long().cumsum(-1) * (mask != 0)
+            prepared["position_ids"] = counted[:, -positions.shape[1] :] + self.config.pad_token_id
+        return prepared
+
 
 class RobertaForMaskedLM(_RobertaLanguageHead, bert_heads.MaskedLM, RobertaPreTrainedModel):
     """The stack with a head that fills in masked tokens."""
