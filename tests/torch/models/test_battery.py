@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-import functools
 import importlib
+from functools import partial
 
 import pytest
-import torch
 
 from pretrained.testing import battery
 from support.cases import CASES
@@ -15,14 +14,12 @@ ids = {"argvalues": CASES, "ids": str}
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("case", **ids)
 def test_outputs_equal_the_oracles(case, padding):
-    battery.check_parity(case, transformers_twin, dtype=torch.float32, padding=padding)
+    battery.check_parity(case, transformers_twin, padding=padding)
 
 
 @pytest.mark.parametrize("case", **ids)
-def test_bfloat16_outputs_equal_the_oracles(case):
-    # By the same kernel: step by step and fused attention round differently in 8 bits.
-    oracle = functools.partial(transformers_twin, attn_implementation="sdpa")
-    battery.check_parity(case, oracle, dtype=torch.bfloat16, padding="none")
+def test_bfloat16_outputs_are_as_near_as_the_oracles(case):
+    battery.check_bfloat16(case, partial(transformers_twin, attn_implementation="sdpa"))
 
 
 @pytest.mark.parametrize("case", **ids)
