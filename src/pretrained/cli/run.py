@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import torch
+
 from pretrained.auto import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from pretrained.cli.console import Figures
 from pretrained.errors import ArgumentError

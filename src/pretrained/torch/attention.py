@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+from torch import nn
 from torch.nn import functional as F
 
-import torch
 from pretrained.core.config import PreTrainedConfig
 from pretrained.errors import ArgumentError, MissingDependencyError, did_you_mean
 from pretrained.torch.masks import additive
-from torch import nn
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 

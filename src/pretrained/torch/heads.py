@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
+
 from pretrained.errors import ArgumentError
 from pretrained.torch.losses import question_answering_loss, sequence_classification_loss, token_loss
 from pretrained.torch.outputs import (
@@ -17,7 +19,6 @@ from pretrained.torch.outputs import (
     TokenClassifierOutput,
     finish,
 )
-from torch import nn
 
 
 def last_logits(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

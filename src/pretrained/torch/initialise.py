@@ -7,8 +7,9 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from pretrained.torch.nn import Conv1D, RMSNorm
 from torch import nn
+
+from pretrained.torch.nn import Conv1D, RMSNorm
 
 
 def initialise_module(module: nn.Module, *, std: float) -> None:

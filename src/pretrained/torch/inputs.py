@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
+
 from pretrained.core.config import PreTrainedConfig
 from pretrained.errors import ArgumentError
 from pretrained.torch.cache import Cache
-from torch import nn
 
 
 def flags(

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch.nn import functional as F
 
-import torch
 from pretrained.core.config import PreTrainedConfig
 from pretrained.errors import ArgumentError
 

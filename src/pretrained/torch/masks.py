@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+
 from pretrained.errors import ArgumentError
 
 

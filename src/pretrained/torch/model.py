@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from torch import nn
+
 from pretrained.core.config import PreTrainedConfig
 from pretrained.core.generation_config import GenerationConfig
 from pretrained.core.keys import KeyRule
@@ -19,7 +21,6 @@ from pretrained.torch.attention import check_attn_implementation
 from pretrained.torch.embeddings_mixin import EmbeddingAccessMixin
 from pretrained.torch.initialise import initialise, initialise_module
 from pretrained.torch.utils_mixin import ModuleUtilsMixin
-from torch import nn
 
 
 class PreTrainedModel(nn.Module, EmbeddingAccessMixin, ModuleUtilsMixin, PushToHubMixin):

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+from torch import nn
 from torch.nn import functional as F
 
-import torch
 from pretrained.arch.rope import RopeTable
 from pretrained.errors import ConfigError, did_you_mean
-from torch import nn
 
 
 class RMSNorm(nn.Module):

@@ -12,9 +12,8 @@ from collections.abc import ItemsView, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torch.utils import _pytree
-
 import torch
+from torch.utils import _pytree
 
 
 class ModelOutput:

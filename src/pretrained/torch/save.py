@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from pretrained.core.writer import plan_shards, write_checkpoint
 from pretrained.errors import ArgumentError
 from pretrained.torch.tensors import dtype_name_of

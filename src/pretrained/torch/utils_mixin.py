@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pretrained.errors import ArgumentError
 from torch import nn
+
+from pretrained.errors import ArgumentError
 
 
 class ModuleUtilsMixin:
