@@ -4,6 +4,7 @@
 from pretrained.testing.battery import Case
 from pretrained.torch.models import llama, mistral, qwen2, qwen3, smollm3
 from support.cases_bert import BERT_CASES
+from support.cases_gpt2 import GPT2_CASES
 from support.cases_t5 import T5_CASES
 
 TINY_LLAMA = {
@@ -90,4 +91,4 @@ LLAMA_CASES = [
 ]
 
 # Each architecture adds its rows here: (cases, arch module's skeleton, names of its families).
-CASES = [*LLAMA_CASES, *T5_CASES, *BERT_CASES]
+CASES = [*LLAMA_CASES, *T5_CASES, *BERT_CASES, *GPT2_CASES]

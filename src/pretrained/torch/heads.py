@@ -78,11 +78,12 @@ class _Head:
         """
         raise NotImplementedError
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
+    def _run(self, kwargs: dict[str, Any], **named: Any) -> tuple[Any, bool]:
         """Run the headless model; return its output and whether the caller wants an output object."""
         wanted = kwargs.pop("return_dict", None)
         as_dict = self.config.use_return_dict if wanted is None else wanted  # type: ignore[attr-defined]
-        return self.base_model(*args, **kwargs, return_dict=True), as_dict  # type: ignore[attr-defined]
+        # By name: families differ in the order of their arguments.
+        return self.base_model(**named, **kwargs, return_dict=True), as_dict  # type: ignore[attr-defined]
 
 
 class ForSequenceClassification(_Head):
@@ -114,8 +115,14 @@ class ForSequenceClassification(_Head):
             labels: [batch] classes, or numbers, as `config.problem_type` has it.
             **kwargs: The headless model's other arguments.
         """
-        base = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        out, as_dict = self._run(base, kwargs)
+        out, as_dict = self._run(
+            kwargs,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+        )
         logits = self.score(out.last_hidden_state)
         rows = torch.arange(logits.shape[0], device=logits.device)
         pad = self.config.pad_token_id  # type: ignore[attr-defined]
@@ -130,15 +137,17 @@ class ForSequenceClassification(_Head):
 
 
 class ForTokenClassification(_Head):
-    """A linear classifier on every token."""
+    """A linear classifier on every token, under the family's name for it."""
+
+    _classifier: ClassVar[str] = "score"
 
     def add_head(self, config: Any) -> None:
-        """Build `dropout` and `score`."""
+        """Build `dropout` and the classifier."""
         self.num_labels = config.num_labels
         rates = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
         # 0.1 where the config names no rate: the value of the published classes.
         self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        setattr(self, self._classifier, nn.Linear(config.hidden_size, config.num_labels))
 
     def forward(
         self,
@@ -161,9 +170,15 @@ class ForTokenClassification(_Head):
             labels: [batch, length] classes, -100 to leave out.
             **kwargs: The headless model's other arguments.
         """
-        base = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        out, as_dict = self._run(base, kwargs)
-        logits = self.score(self.dropout(out.last_hidden_state))
+        out, as_dict = self._run(
+            kwargs,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+        )
+        logits = getattr(self, self._classifier)(self.dropout(out.last_hidden_state))
         loss = None if labels is None else token_loss(logits, labels)
         return finish(TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions), as_dict)
 
@@ -198,8 +213,14 @@ class ForQuestionAnswering(_Head):
             end_positions: [batch] index of its last.
             **kwargs: The headless model's other arguments.
         """
-        base = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        out, as_dict = self._run(base, kwargs)
+        out, as_dict = self._run(
+            kwargs,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+        )
         start, end = self.qa_outputs(out.last_hidden_state).unbind(-1)
         start, end = start.contiguous(), end.contiguous()
         loss = None
