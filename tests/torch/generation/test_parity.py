@@ -8,7 +8,9 @@ import transformers
 from pretrained.arch.llama import LlamaConfig
 from pretrained.arch.t5 import T5Config
 from pretrained.core.generation_config import GenerationConfig
+from pretrained.errors import GenerationError
 from pretrained.torch.cache import DynamicCache, StaticCache
+from pretrained.torch.generation import mixin
 from pretrained.torch.generation.logits import LogitsProcessor
 from pretrained.torch.models.llama import LlamaForCausalLM
 from pretrained.torch.models.mistral import MistralForCausalLM
@@ -320,6 +322,30 @@ def test_transition_scores_of_beams(llama):
         args = (out.sequences, out.scores, out.beam_indices, normalize)
         mine = llama[0].compute_transition_scores(*args)
         torch.testing.assert_close(mine, theirs.compute_transition_scores(*args))
+
+
+@pytest.mark.parametrize("name", ["greedy", "ends", "several", "no cache", "static"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "t5"])
+def test_looking_one_step_behind_changes_nothing(family, name, request, monkeypatch):
+    ours = request.getfixturevalue(family)[0]
+    settings = {**SETTINGS[name], **EXTRAS}
+    outputs = []
+    for behind in (False, True):
+        monkeypatch.setattr(mixin, "_may_look_behind", lambda *_, behind=behind: behind)
+        torch.manual_seed(0)
+        outputs.append(ours.generate(prompt(), **settings))
+    at_once, behind = outputs
+    assert torch.equal(at_once.sequences, behind.sequences)
+    assert len(at_once.scores) == len(behind.scores) == len(behind.logits)
+    if name != "no cache":
+        assert at_once.past_key_values.get_seq_length() == behind.past_key_values.get_seq_length()
+
+
+def test_looking_one_step_behind_finds_nan_too(llama, monkeypatch):
+    monkeypatch.setattr(mixin, "_may_look_behind", lambda *_: True)
+    rule = [lambda ids, scores: scores * (float("nan") if ids.shape[1] == 10 else 1.0)]
+    with pytest.raises(GenerationError, match=r"step 2, row 0"):
+        llama[0].generate(prompt(), logits_processor=rule, max_new_tokens=9, eos_token_id=None)
 
 
 def test_users_rules_and_criteria(llama):

@@ -159,7 +159,7 @@ class StopCheck:
     Args:
         rows: How many.
         device: Where the rows are.
-        behind: Look one step behind (on a CUDA device only).
+        behind: Look one step behind; of use on a CUDA device only.
     """
 
     def __init__(self, rows: int, device: torch.device, *, behind: bool = False) -> None:
@@ -170,8 +170,9 @@ class StopCheck:
             self._needed = torch.zeros((), dtype=torch.int64, device=device)
             # First step at which a row's scores held NaN; -1 for none.
             self._bad_step = torch.full((rows,), -1, dtype=torch.int64, device=device)
-            self._verdicts = [torch.empty((), dtype=torch.bool, pin_memory=True) for _ in range(2)]
-            self._arrived = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+            cuda = device.type == "cuda"
+            self._verdicts = [torch.empty((), dtype=torch.bool, pin_memory=cuda) for _ in range(2)]
+            self._arrived: list[Any] = [torch.cuda.Event() if cuda else None for _ in range(2)]
 
     def __call__(self, confidence: torch.Tensor, finished: torch.Tensor | None) -> bool:
         """Return whether every row is finished (or was, one step ago).
@@ -215,11 +216,13 @@ class StopCheck:
             self.unfinished = self.unfinished & ~finished
         slot = self.steps % 2
         self._verdicts[slot].copy_(self.unfinished.any(), non_blocking=True)
-        self._arrived[slot].record()
+        if self._arrived[slot] is not None:
+            self._arrived[slot].record()
         self.steps += 1
         if self.steps < 2:
             return False
-        self._arrived[1 - slot].synchronize()
+        if self._arrived[1 - slot] is not None:
+            self._arrived[1 - slot].synchronize()
         return not bool(self._verdicts[1 - slot])
 
 
