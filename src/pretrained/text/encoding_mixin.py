@@ -77,6 +77,12 @@ class EncodingMixin(VocabularyMixin):
             "return_tensors": return_tensors,
         }
         cut = self._truncation(truncation, max_length, padding)
+        if cut is not None and pad_to_multiple_of and cut.max_length % pad_to_multiple_of:
+            raise ArgumentError(
+                "Rows cut to max_length cannot also be padded to a multiple that it is not",
+                found=f"max_length={cut.max_length}, pad_to_multiple_of={pad_to_multiple_of}",
+                mend="Make max_length such a multiple.",
+            )
         if text is None:
             if text_target is None:
                 raise TokenizerError("There is no text to tokenize", mend="Pass a text or a list of texts.")

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: RUF001  # other scripts than Latin are the point
+"""Texts that tokenizers stumble over."""
+
+TEXTS = [
+    "Hello, world!",
+    "",
+    " ",
+    "\n",
+    "  leading and trailing  ",
+    "tabs\tand\nnew\r\nlines\n\n\n",
+    "I'm you'll they've he's don't we'd IT'S",
+    "The year 1984, pi is 3.14159 and 1,000,000.",
+    "def f(x):\n    return {'a': x**2, \"b\": [1, 2]}  # comment",
+    "for (int i = 0; i < n; ++i) { a[i] += b[i]; }",
+    "naïve café résumé Ångström Straße ŒUVRE",
+    "e\u0301 decomposed, \u212b angstrom sign, \ufb01 ligature",
+    "Привет, как дела? Съешь ещё этих булок",
+    "γειά σου Κόσμε",
+    "你好，世界！今天天气很好。",
+    "こんにちは世界、カタカナとひらがな",
+    "안녕하세요 세계",
+    "مرحبا بالعالم كيف حالك",
+    "שלום עולם",
+    "नमस्ते दुनिया",
+    "สวัสดีชาวโลก",
+    "👍🏽 👩‍👩‍👧 🇫🇷 ❤️ emoji🙂text",
+    "zero\u200bwidth\u00a0nbsp\u2028line\u3000wide",
+    "math: ∑ ∫ √ ≤ ≠ ∞ ½ ² ₃ Ⅷ",
+    "a" * 300,
+    "!?.,;:()[]{}<>@#$%^&*-_=+|\\/~`'\"",
+    "https://example.com/a?b=c&d=%20#e user@mail.org",
+    "\x00\x01control\x7f\ufeffbom\ufffd",
+    "MiXeD CaSe WORDS wordsWordsWORDS",
+    "word" * 40 + " end",
+]
