@@ -110,7 +110,7 @@ class PreTrainedConfig(PushToHubMixin):
 
     def __setattr__(self, name: str, value: Any) -> None:
         name = type(self).attribute_map.get(name, name)
-        hint = _hints(type(self)).get(name)
+        hint = _hints(typing.cast(Any, type(self))).get(name)
         if name in ("dtype", "torch_dtype"):
             name, value = "dtype", None if value is None else _dtype(value)
         elif hint is not None:
@@ -178,7 +178,8 @@ class PreTrainedConfig(PushToHubMixin):
         hub_options = HubOptions.take(kwargs)
         values, _ = read_config(pretrained_model_name_or_path, hub_options)
         values["_name_or_path"] = str(pretrained_model_name_or_path)
-        return cls.from_dict(values, **kwargs)
+        config: Self = cls.from_dict(values, **kwargs)
+        return config
 
     @classmethod
     def get_config_dict(cls, path: str | Path, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -394,7 +395,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     """Field name -> annotation, resolved once for each class."""
     resolved = typing.get_type_hints(cls)
     return {name: hint for name, hint in resolved.items() if typing.get_origin(hint) is not ClassVar}

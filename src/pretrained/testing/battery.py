@@ -135,8 +135,8 @@ class Case:
         if kind == "none":
             return None
         if kind == "tokens":
-            shape = inputs.get("decoder_input_ids", inputs["input_ids"]).shape
-            labels = torch.randint(3, config.vocab_size, shape, generator=generator)
+            ids = inputs.get("decoder_input_ids", inputs["input_ids"])
+            labels = torch.randint(3, config.vocab_size, ids.shape, generator=generator)
             labels[0, :2] = -100
             rest = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
             return {**rest, "labels": labels}

@@ -41,6 +41,7 @@ from pretrained.errors import (
 from pretrained.torch.empty import no_memory
 from pretrained.torch.initialise import initialise_missing
 from pretrained.torch.tensors import TORCH_DTYPES, Read, dtype_name_of, mapped_reader, state_dict_reader
+from pretrained.torch.ties import settle_ties
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ def from_pretrained(cls: type[Model], path: str | Path | None, *model_args: Any,
     dtype = resolve_dtype(options.dtype, config, checkpoint)
     model = build_empty(cls, config, *model_args, **kwargs)
     model.name_or_path = "" if path is None else str(path)
+    if checkpoint.format != "gguf":
+        settle_ties(model, checkpoint, key_mapping=options.key_mapping, state_dict=options.state_dict)
     plan = plan_load(
         checkpoint,
         skeleton_of(model),
@@ -165,7 +168,8 @@ def skeleton_of(module: nn.Module) -> Skeleton:
             if name not in part._non_persistent_buffers_set:
                 key = f"{prefix}.{name}" if prefix else name
                 params[key] = ParamSpec(key, tuple(buffer.shape), is_buffer=True)
-    ties = module.ties() if hasattr(module, "ties") else {}
+    declared = getattr(module, "ties", None)
+    ties = declared() if callable(declared) else {}
     return Skeleton(params, {alias: owner for alias, owner in ties.items() if alias in params})
 
 
@@ -312,7 +316,7 @@ def _open(source: Source | None, options: LoadOptions) -> Checkpoint:
     if source.kind == "file" and source.path is not None and source.path.name != "config.json":
         checkpoint = open_checkpoint(source.path)
     else:
-        wishes = {
+        wishes: dict[str, Any] = {
             "variant": options.variant,
             "use_safetensors": options.use_safetensors,
             "gguf_file": options.gguf_file,
@@ -489,8 +493,9 @@ def _allocate(model: nn.Module, keys: Iterable[str], device: torch.device, dtype
 
 def _fill_derived_buffers(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
-        if hasattr(module, "init_buffers"):
-            module.init_buffers(device)
+        derive = getattr(module, "init_buffers", None)
+        if callable(derive):
+            derive(device)
 
 
 def _audit(model: nn.Module, initialised: Iterable[str]) -> None:

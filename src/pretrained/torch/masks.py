@@ -40,17 +40,20 @@ def causal_mask(
     if attention_mask is not None and attention_mask.dim() == 4:
         return attention_mask
     static = isinstance(query_positions, torch.Tensor)
-    first = 0 if static else query_positions
+    first = 0 if isinstance(query_positions, torch.Tensor) else query_positions
     narrow = window is not None and (static or first + query_length > window)
     if attention_mask is None and not static and not narrow:
         whole = kv_offset == 0 and kv_length == first + query_length
         if whole and (query_length == 1 or first == 0):
             return None
     keys = torch.arange(kv_offset, kv_offset + kv_length, device=device)
-    queries = query_positions if static else torch.arange(first, first + query_length, device=device)
-    allowed = keys[None, :] <= queries[:, None]  # type: ignore[index]
-    if narrow:
-        allowed = allowed & (keys[None, :] > queries[:, None] - window)  # type: ignore[index,operator]
+    if isinstance(query_positions, torch.Tensor):
+        queries = query_positions
+    else:
+        queries = torch.arange(first, first + query_length, device=device)
+    allowed = keys[None, :] <= queries[:, None]
+    if window is not None and narrow:
+        allowed = allowed & (keys[None, :] > queries[:, None] - window)
     allowed = allowed[None, None]
     if attention_mask is None:
         return allowed

@@ -101,9 +101,9 @@ class RotaryEmbedding(nn.Module):
             base, factor, maximum = self.table.dynamic
             size = 2 * self.inv_freq.shape[0]
             length = (position_ids.max() + 1).clamp(min=maximum).float()
-            base = base * (factor * length / maximum - (factor - 1)) ** (size / (size - 2))
+            stretched = base * (factor * length / maximum - (factor - 1)) ** (size / (size - 2))
             channel = torch.arange(0, size, 2, device=position_ids.device, dtype=torch.float32)
-            return 1.0 / base ** (channel / size)
+            return 1.0 / stretched ** (channel / size)
         return self.inv_freq
 
 

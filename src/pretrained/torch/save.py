@@ -29,7 +29,8 @@ class _TensorSource:
 
     def read(self) -> memoryview:
         tensor = self.tensor.detach().cpu().contiguous()
-        return memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+        # A buffer of plain bytes: numpy has no name for every dtype of torch.
+        return memoryview(tensor.view(-1).view(torch.uint8).numpy().data) if tensor.numel() else memoryview(b"")
 
 
 def save_pretrained(

@@ -146,6 +146,7 @@ class LlamaModel(LlamaPreTrainedModel):
         self.padding_idx = config.pad_token_id
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.windows = tuple(config.window(i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config.rope_table())
         self.post_init()
@@ -188,11 +189,10 @@ class LlamaModel(LlamaPreTrainedModel):
         masks = self._masks(x, attention_mask, past_key_values, cache_position, first)
         all_hidden: tuple[torch.Tensor, ...] | None = () if hidden else None
         all_weights: tuple[Any, ...] | None = () if attentions else None
-        for layer in self.layers:
+        for layer, window in zip(self.layers, self.windows, strict=True):
             if all_hidden is not None:
                 all_hidden += (x,)
-            mask = masks[layer.self_attn.window]
-            x, weights = layer(x, rotary, mask, past_key_values, cache_position, attentions)
+            x, weights = layer(x, rotary, masks[window], past_key_values, cache_position, attentions)
             if all_weights is not None:
                 all_weights += (weights,)
         x = self.norm(x)
@@ -211,22 +211,21 @@ class LlamaModel(LlamaPreTrainedModel):
     ) -> dict[int | None, torch.Tensor | None]:
         """Return one mask for each kind of layer: window size (or None) -> mask."""
         masks: dict[int | None, torch.Tensor | None] = {}
-        for layer in self.layers:
-            attention = layer.self_attn
-            if attention.window in masks:
+        for layer_idx, window in enumerate(self.windows):
+            if window in masks:
                 continue
             kv_length, kv_offset = x.shape[1], 0
             if cache is not None:
                 kv_length, kv_offset = cache.get_mask_sizes(
-                    x.shape[1], attention.layer_idx, cache_position
+                    x.shape[1], layer_idx, cache_position
                 )
-            masks[attention.window] = causal_mask(
+            masks[window] = causal_mask(
                 query_length=x.shape[1],
                 kv_length=kv_length,
                 kv_offset=kv_offset,
                 query_positions=first if cache_position is None else cache_position,
                 attention_mask=attention_mask,
-                window=attention.window,
+                window=window,
                 device=x.device,
             )
         return masks
