@@ -18,7 +18,7 @@ from pretrained.errors import ArgumentError
 from pretrained.torch.attention import attend
 from pretrained.torch.cache import Cache, DynamicCache, EncoderDecoderCache
 from pretrained.torch.inputs import embed_tokens, flags, new_positions
-from pretrained.torch.masks import additive, causal_mask, padding_mask
+from pretrained.torch.masks import causal_mask, padding_mask
 from pretrained.torch.model import PreTrainedModel
 from pretrained.torch.nn import activation
 from pretrained.torch.outputs import BaseModelOutputWithPoolingAndCrossAttentions, finish
@@ -26,8 +26,6 @@ from pretrained.torch.outputs import BaseModelOutputWithPoolingAndCrossAttention
 
 class BertEmbeddings(nn.Module):
     """Sum of token, segment and (where positions are absolute) position embeddings, normalised."""
-
-    position_padding: int | None = None
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -208,8 +206,13 @@ class BertSelfAttention(nn.Module):
             scores = scores + torch.einsum("bhsk,tsk->bhts", k_BHSK, a_TSK)
         if mask is None and self.is_causal:
             mask = distances_TS >= 0
-        bias = additive(mask, scores.dtype)
-        return scores * self.scaling if bias is None else scores * self.scaling + bias
+        scores = scores * self.scaling
+        if mask is None:
+            return scores
+        if mask.dtype == torch.bool:
+            # Not added: the sum could leave float16, and a row without any key would have no numbers.
+            return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        return scores + mask
 
 
 class BertSelfOutput(nn.Module):
