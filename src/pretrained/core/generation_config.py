@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pretrained.core.config import read_json_object
+from pretrained.core.generation_checks import contradictions, effectless, wrong_value
 from pretrained.core.generation_fields import FIELDS, GENERATE_ARGUMENTS, METADATA, Field, normalise
 from pretrained.core.hub import HubOptions, resolve
 from pretrained.core.push import PushToHubMixin
@@ -259,27 +260,12 @@ class GenerationConfig(PushToHubMixin):
             if name in FIELDS and value is not None and not self._dormant(name):
                 wrong = FIELDS[name].check(value)
                 if wrong:
-                    found.append(_wrong_value(name, value, wrong))
-        return found or _contradictions(self)
+                    found.append(wrong_value(name, value, wrong))
+        return found or contradictions(self)
 
     def hints(self) -> dict[str, str]:
         """Return the set fields that have no effect beside the others, each with the reason."""
-        found = {}
-        for name in (name for name in FIELDS if self.is_set(name)):
-            field = FIELDS[name]
-            if getattr(self, name) == field.default:
-                continue
-            if field.group == "sampling" and not self.do_sample:
-                found[name] = "it is used only when sampling; set do_sample=True or leave it out"
-            elif field.group == "beams" and self.num_beams == 1:
-                found[name] = "it is used only by beam search; set num_beams or leave it out"
-            elif name in _OUTPUT_FLAGS and not self.return_dict_in_generate:
-                found[name] = "nothing returns it; set return_dict_in_generate=True"
-            elif field.group == "cache" and name != "use_cache" and not self.use_cache:
-                found[name] = "there is no cache with use_cache=False"
-            elif name == "max_cache_len" and self.cache_implementation != "static":
-                found[name] = 'it sizes a static cache; set cache_implementation="static"'
-        return found
+        return effectless(self)
 
     def validate(self, strict: bool = False) -> None:
         """Raise where this config cannot work.
@@ -406,71 +392,12 @@ class GenerationConfig(PushToHubMixin):
         return unused_tokens or (group == "sampling" and not self.do_sample and self.penalty_alpha is None)
 
 
-_OUTPUT_FLAGS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
-
-
 def _checked(name: str, value: Any, field: Field) -> Any:
     value = normalise(value)
     wrong = None if value is None else field.check(value)
     if wrong:
-        raise _wrong_value(name, value, wrong)
+        raise wrong_value(name, value, wrong)
     return value
-
-
-def _wrong_value(name: str, value: Any, expected: str) -> GenerationError:
-    mend = "Leave it out for its default" + (
-        f" ({FIELDS[name].default!r})." if FIELDS[name].default is not None else "."
-    )
-    if name == "top_p" and value == 0:
-        mend = "For the most probable token alone, pass do_sample=False."
-    return GenerationError(f"{name} cannot be {value!r}", expected=expected, mend=mend)
-
-
-def _contradictions(config: GenerationConfig) -> list[GenerationError]:
-    """Pairs of fields that cannot both be obeyed."""
-    found = []
-
-    def add(what: str, where: str, mend: str) -> None:
-        found.append(GenerationError(what, where=where, mend=mend))
-
-    if config.do_sample and config.temperature == 0:
-        add(
-            "temperature cannot be 0 when sampling",
-            "temperature",
-            "For the most probable token each time, pass do_sample=False; else a temperature above 0.",
-        )
-    for least, most in (("min_length", "max_length"), ("min_new_tokens", "max_new_tokens")):
-        if config.is_set(least) and config.is_set(most) and getattr(config, least) > getattr(config, most):
-            add(
-                f"{least}={getattr(config, least)} is more than {most}={getattr(config, most)}",
-                least,
-                f"Lower {least} or raise {most}.",
-            )
-    returned, beams = config.num_return_sequences, config.num_beams
-    if returned > 1 and beams == 1 and not config.do_sample:
-        add(
-            f"Greedy decoding gives one sequence, so num_return_sequences={returned} would repeat it",
-            "num_return_sequences",
-            "Pass do_sample=True, or num_beams of at least as many, or leave num_return_sequences out.",
-        )
-    if beams > 1 and returned > beams:
-        add(
-            f"num_return_sequences={returned} is more than num_beams={beams}",
-            "num_return_sequences",
-            "Raise num_beams or lower num_return_sequences.",
-        )
-    for name in ("forced_bos_token_id", "forced_eos_token_id"):
-        forced = getattr(config, name)
-        forced = [forced] if isinstance(forced, int) else forced
-        if forced and config.suppress_tokens and set(forced) <= set(config.suppress_tokens):
-            add(f"{name}={forced} is also in suppress_tokens", name, "Take it out of one of the two.")
-    if config.low_memory:
-        add(
-            "low_memory is gone from this ecosystem",
-            "low_memory",
-            "Leave it out; memory is bounded without it.",
-        )
-    return found
 
 
 def _unknown(name: str) -> UnknownArgumentError:

@@ -16,6 +16,7 @@ import torch
 from pretrained.core.generation_config import GenerationConfig
 from pretrained.errors import GenerationError
 from pretrained.torch.cache import Cache, EncoderDecoderCache
+from pretrained.torch.generation.checks import check_batch, check_embeds, check_ids, check_mask, vocabulary
 from pretrained.torch.generation.settings import parameters
 from pretrained.torch.outputs import BaseModelOutput
 
@@ -110,7 +111,7 @@ def _prepare_decoder(model: Any, config: GenerationConfig, given: dict[str, Any]
     ids, embeds = given.pop("input_ids", None), given.pop("inputs_embeds", None)
     mask, cache = given.pop("attention_mask", None), given.pop("past_key_values", None)
     if embeds is not None:
-        _check_embeds(embeds, ids)
+        check_embeds(embeds, ids)
         if ids is None:
             ids = torch.empty((embeds.shape[0], 0), dtype=torch.int64, device=embeds.device)
     elif ids is None:
@@ -174,7 +175,7 @@ def _decoder_mask(
         mask = (ids != pad).long()
     else:
         allowed = (prompt,) if past == 0 else (prompt, past + prompt)
-        mask = _check_mask(mask, ids.shape[0], allowed, "attention_mask")
+        mask = check_mask(mask, ids.shape[0], allowed, "attention_mask")
     if ids.shape[0] > 1 and bool((mask[:, -1] == 0).any()):
         _warn_once(
             "A batch is padded on the right, so the new text would follow the padding: expect worse text. "
@@ -222,7 +223,7 @@ def _prepare_encoder_decoder(model: Any, config: GenerationConfig, given: dict[s
             "The encoder's input is given twice", where="input_ids, inputs_embeds", mend="Pass one of them."
         )
     if embeds is not None:
-        _check_embeds(embeds, None)
+        check_embeds(embeds, None)
     if ids is not None:
         ids = check_ids(ids, vocabulary(model), "input_ids")
     encoder_only: dict[str, Any] = {}
@@ -241,7 +242,7 @@ def _prepare_encoder_decoder(model: Any, config: GenerationConfig, given: dict[s
         decoder_ids = start
     else:
         decoder_ids = check_ids(decoder_ids, vocabulary(model), "decoder_input_ids")
-        _check_batch(decoder_ids, batch, "decoder_input_ids")
+        check_batch(decoder_ids, batch, "decoder_input_ids")
         if bool((decoder_ids[:, 0] != start[:, 0]).all()):
             decoder_ids = torch.cat([start, decoder_ids], dim=1)
             if decoder_mask is not None:
@@ -251,7 +252,7 @@ def _prepare_encoder_decoder(model: Any, config: GenerationConfig, given: dict[s
     past = 0 if cache is None else cache.get_seq_length()
     if decoder_mask is not None:
         allowed = (prompt,) if past == 0 else (prompt, past + prompt)
-        decoder_mask = _check_mask(decoder_mask, batch, allowed, "decoder_attention_mask")
+        decoder_mask = check_mask(decoder_mask, batch, allowed, "decoder_attention_mask")
     only_new = past > 0 and decoder_mask is not None and decoder_mask.shape[1] == past + prompt
     skip = 0 if only_new else past
     if past and skip >= prompt:
@@ -313,7 +314,7 @@ def _as_encoder_output(outputs: Any) -> Any:
 def _encoder_mask(mask: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
     if mask is None:
         return None
-    mask = _check_mask(mask, batch, (length,), "attention_mask")
+    mask = check_mask(mask, batch, (length,), "attention_mask")
     return None if bool((mask == 1).all()) else mask
 
 
@@ -335,131 +336,6 @@ def _start_ids(config: GenerationConfig, batch: int, device: torch.device) -> to
             found=len(ids),
         )
     return ids[:, None].expand(batch, 1)
-
-
-# -- checks --------------------------------------------------------------------------------------
-
-
-def check_ids(ids: Any, vocab_size: int | None, name: str, *, may_be_empty: bool = False) -> torch.Tensor:
-    """Return token ids as int64, or raise where they cannot be ids.
-
-    Args:
-        ids: What the user passed.
-        vocab_size: How many ids the model knows; None to leave that unchecked.
-        name: The argument, for messages.
-        may_be_empty: Whether length 0 is fine.
-
-    Raises:
-        GenerationError: names the argument and, for an id outside the vocabulary, row and position.
-    """
-    if not isinstance(ids, torch.Tensor):
-        kind = type(ids).__name__
-        mend = f"Pass **{name} instead." if hasattr(ids, "keys") else f"Write torch.tensor({name})."
-        raise GenerationError(f"{name} must be a tensor of token ids", where=name, found=kind, mend=mend)
-    if ids.dim() != 2:
-        mend = f"Write {name}.unsqueeze(0) for a batch of one." if ids.dim() == 1 else "Pass one id a token."
-        raise GenerationError(
-            f"{name} has the wrong rank",
-            where=name,
-            expected="[batch, length]",
-            found=list(ids.shape),
-            mend=mend,
-        )
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        mend = f"Write {name}.long(); or pass vectors as inputs_embeds."
-        raise GenerationError(
-            f"{name} must be whole numbers", where=name, expected="int64", found=ids.dtype, mend=mend
-        )
-    if ids.shape[0] == 0 or (ids.shape[1] == 0 and not may_be_empty):
-        raise GenerationError(
-            "The prompt is empty",
-            where=name,
-            found=list(ids.shape),
-            mend="Pass at least one token, such as the tokenizer's bos_token_id, or some text.",
-        )
-    checked: torch.Tensor = ids.long()
-    if vocab_size is not None and checked.numel():
-        wrong = (checked < 0) | (checked >= vocab_size)
-        if bool(wrong.any()):
-            row, position = wrong.nonzero()[0].tolist()
-            raise GenerationError(
-                f"Token id {int(checked[row, position])} is outside the vocabulary",
-                where=f"{name}, row {row}, position {position}",
-                expected=f"0 to {vocab_size - 1}",
-                mend="Use the tokenizer that belongs to this model, or model.resize_token_embeddings(...).",
-            )
-    return checked
-
-
-def vocabulary(model: Any) -> int | None:
-    """Return how many token ids a model knows, or None where it does not say.
-
-    Args:
-        model: The model.
-    """
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    size = getattr(embeddings, "num_embeddings", None)
-    return size if size is not None else getattr(model.config, "vocab_size", None)
-
-
-def _check_embeds(embeds: Any, ids: torch.Tensor | None) -> None:
-    if not isinstance(embeds, torch.Tensor) or embeds.dim() != 3 or not embeds.is_floating_point():
-        raise GenerationError(
-            "inputs_embeds must be vectors",
-            where="inputs_embeds",
-            expected="a floating tensor [batch, length, hidden]",
-            found=list(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__,
-        )
-    if embeds.shape[0] == 0 or embeds.shape[1] == 0:
-        raise GenerationError("The prompt is empty", where="inputs_embeds", found=list(embeds.shape))
-    if (
-        ids is not None
-        and isinstance(ids, torch.Tensor)
-        and ids.dim() == 2
-        and ids.shape[1] > embeds.shape[1]
-    ):
-        raise GenerationError(
-            "input_ids beside inputs_embeds name more tokens than there are vectors",
-            where="inputs_embeds",
-            expected=f"{ids.shape[1]} positions or more",
-            found=embeds.shape[1],
-            mend="Leave input_ids out, or pass vectors for all of them.",
-        )
-
-
-def _check_mask(mask: Any, batch: int, lengths: tuple[int, ...], name: str) -> torch.Tensor:
-    expected = " or ".join(str([batch, length]) for length in dict.fromkeys(lengths))
-    if (
-        not isinstance(mask, torch.Tensor)
-        or mask.dim() != 2
-        or mask.shape[0] != batch
-        or mask.shape[1] not in lengths
-    ):
-        found = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise GenerationError(
-            f"{name} does not fit the prompt",
-            where=name,
-            expected=expected,
-            found=found,
-            mend="Pass the mask that the tokenizer returned with these ids: generate(**inputs).",
-        )
-    checked: torch.Tensor = mask.long()
-    empty = (checked == 0).all(dim=1)
-    if bool(empty.any()):
-        raise GenerationError(
-            f"A row of {name} hides its whole prompt", where=f"{name}, row {int(empty.nonzero()[0])}"
-        )
-    return checked
-
-
-def _check_batch(tensor: torch.Tensor, batch: int, name: str) -> None:
-    if tensor.shape[0] != batch:
-        raise GenerationError(
-            f"{name} has another batch size than the encoder's input",
-            where=name,
-            expected=batch,
-            found=tensor.shape[0],
-        )
 
 
 # -- small things --------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ A rule is called with ``(input_ids [rows, length], scores)`` after each token an
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -186,6 +187,8 @@ class StopCheck:
         """
         if self.behind:
             return self._look_behind(confidence, finished)
+        if confidence.numel() == 1:
+            return self._look_at_one(confidence, finished)
         bad = confidence.isnan()
         if bad.any() and (bad & self.unfinished).any():
             raise _not_numbers(self.steps, int((bad & self.unfinished).nonzero()[0]))
@@ -207,6 +210,13 @@ class StopCheck:
             if step >= 0:
                 raise _not_numbers(step, row)
         return int(self._needed)
+
+    def _look_at_one(self, confidence: torch.Tensor, finished: torch.Tensor | None) -> bool:
+        # A single row is read as two numbers, which costs less than tensor operations on it.
+        if math.isnan(confidence.item()):
+            raise _not_numbers(self.steps, 0)
+        self.steps += 1
+        return finished is not None and bool(finished.item())
 
     def _look_behind(self, confidence: torch.Tensor, finished: torch.Tensor | None) -> bool:
         bad = confidence.isnan() & self.unfinished & (self._bad_step < 0)

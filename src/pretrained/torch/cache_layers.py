@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One attention layer's keys and values: growing, sliding or of fixed size.
+
+Keys and values are [batch, kv_heads, length, head_dim]. See `pretrained.torch.cache`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+
+from pretrained.errors import ArgumentError, GenerationError
+
+UNBOUNDED = -1
+"""What `get_max_length` says of a cache that grows."""
+
+_BUCKET = 64
+
+
+def _round_up(length: int) -> int:
+    return -(-length // _BUCKET) * _BUCKET
+
+
+class CacheLayer(ABC):
+    """The keys and values of one attention layer: the first `length` slots from `start` of two buffers."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self) -> None:
+        self._keys: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None
+        self._start = 0
+        self._length = 0
+        # False while the buffers are tensors that someone else may hold: never written in place.
+        self._owned = False
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """The keys held, [batch, kv_heads, length, head_dim]; None before the first update."""
+        return None if self._keys is None else self._keys.narrow(2, self._start, self._length)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """The values held, [batch, kv_heads, length, head_dim]; None before the first update."""
+        return None if self._values is None else self._values.narrow(2, self._start, self._length)
+
+    @abstractmethod
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, cache_position: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add new keys and values; return all that the new queries may look at."""
+
+    def get_seq_length(self) -> int:
+        """Return how many tokens have gone through, those let go of included."""
+        return self._length
+
+    def get_max_length(self) -> int:
+        """Return how many tokens fit, or `UNBOUNDED`."""
+        return UNBOUNDED
+
+    def get_mask_sizes(
+        self, query_length: int, cache_position: torch.Tensor | None = None
+    ) -> tuple[int, int]:
+        """Return how many keys the next update hands back, and the position of the first of them."""
+        return self._length + query_length, 0
+
+    def crop(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        self._length = min(self._length, length)
+
+    def reset(self) -> None:
+        """Forget everything, memory included."""
+        self._keys = self._values = None
+        self._start = self._length = 0
+        self._owned = False
+
+    def map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace both buffers by a function of them that acts on the batch dimension."""
+        if self._keys is not None and self._values is not None:
+            self._keys, self._values = function(self._keys), function(self._values)
+            self._owned = not torch.is_grad_enabled()
+
+    def adopt(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Hold tensors of someone else; they are copied before anything is written."""
+        self._keys, self._values = keys, values
+        self._start, self._length, self._owned = 0, keys.shape[2], False
+
+    def _check(self, key_states: torch.Tensor) -> None:
+        if self._keys is not None and key_states.shape[0] != self._keys.shape[0]:
+            raise GenerationError(
+                "This cache was filled with another batch size",
+                where="past_key_values",
+                expected=f"batch {self._keys.shape[0]}",
+                found=f"batch {key_states.shape[0]}",
+                mend="Use cache.batch_repeat_interleave(n), cache.batch_select_indices(rows) or a new cache.",
+            )
+
+    def _writable(self, end: int) -> bool:
+        """Whether slots up to `end` can be written in place."""
+        keys = self._keys
+        if keys is None or not self._owned or end > keys.shape[2]:
+            return False
+        # Tensors made under inference mode can be written only under it.
+        return not keys.is_inference() or torch.is_inference_mode_enabled()
+
+    def _move(self, capacity: int, keep: int) -> None:
+        """Move the last `keep` tokens to the front of new buffers."""
+        keys, values, end = self._keys, self._values, self._start + self._length
+        assert keys is not None and values is not None
+        moved = []
+        for old in (keys, values):
+            new = old.new_empty((old.shape[0], old.shape[1], capacity, old.shape[3]))
+            new.narrow(2, 0, keep).copy_(old.narrow(2, end - keep, keep))
+            moved.append(new)
+        self._keys, self._values = moved
+        self._start, self._length, self._owned = 0, keep, True
+
+    def _write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        assert self._keys is not None and self._values is not None
+        new, end = key_states.shape[2], self._start + self._length
+        self._keys.narrow(2, end, new).copy_(key_states)
+        self._values.narrow(2, end, new).copy_(value_states)
+        self._length += new
+
+    def _concatenate(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Add by concatenation, which autograd can follow."""
+        keys, values = self.keys, self.values
+        assert keys is not None and values is not None
+        self.adopt(torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2))
+
+
+class DynamicLayer(CacheLayer):
+    """Grows as tokens come.
+
+    The first keys and values are held as they are, so a forward without a second step costs nothing.
+    Later ones go into a buffer that grows by a quarter at a time; what is handed back are views of it.
+    Where autograd records, everything is concatenated instead.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, cache_position: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add new keys and values; return all of them.
+
+        Args:
+            key_states: [batch, kv_heads, new, head_dim].
+            value_states: [batch, kv_heads, new, head_dim].
+            cache_position: Not needed: new tokens always follow the old ones.
+
+        Returns:
+            Keys and values, [batch, kv_heads, old + new, head_dim]. Later updates leave them unchanged.
+
+        Raises:
+            GenerationError: another batch size than before.
+        """
+        if self._keys is None:
+            self.adopt(key_states, value_states)
+            return key_states, value_states
+        self._check(key_states)
+        if torch.is_grad_enabled():
+            self._concatenate(key_states, value_states)
+        else:
+            needed = self._length + key_states.shape[2]
+            if not self._writable(needed):
+                self._move(_round_up(needed + needed // 4 + _BUCKET), self._length)
+            self._write(key_states, value_states)
+        return self._keys.narrow(2, 0, self._length), self._values.narrow(2, 0, self._length)  # type: ignore[union-attr]
+
+
+class DynamicSlidingLayer(CacheLayer):
+    """Keeps what a sliding window needs: the last ``sliding_window - 1`` tokens.
+
+    Args:
+        sliding_window: How many tokens a query sees, itself included.
+        margin: More tokens to keep, so that up to as many can be cropped away again.
+    """
+
+    is_sliding = True
+
+    def __init__(self, sliding_window: int, margin: int = 0) -> None:
+        super().__init__()
+        if sliding_window < 1:
+            raise ArgumentError("sliding_window must be 1 or more", found=sliding_window)
+        self.sliding_window = sliding_window
+        self.margin = margin
+        self._seen = 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, cache_position: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add new keys and values; return those that the new queries may look at.
+
+        Args:
+            key_states: [batch, kv_heads, new, head_dim].
+            value_states: [batch, kv_heads, new, head_dim].
+            cache_position: Not needed: new tokens always follow the old ones.
+
+        Returns:
+            Keys and values, [batch, kv_heads, min(old, sliding_window - 1) + new, head_dim].
+
+        Raises:
+            GenerationError: another batch size than before.
+        """
+        self._check(key_states)
+        new = key_states.shape[2]
+        shown = min(self._seen, self.sliding_window - 1) + new
+        if self._keys is None:
+            self.adopt(key_states, value_states)
+        elif torch.is_grad_enabled():
+            self._concatenate(key_states, value_states)
+        else:
+            if not self._writable(self._start + self._length + new):
+                self._move(_round_up(self._length + new + self.sliding_window), self._length)
+            self._write(key_states, value_states)
+        self._seen += new
+        end = self._start + self._length
+        keys = self._keys.narrow(2, end - shown, shown)  # type: ignore[union-attr]
+        values = self._values.narrow(2, end - shown, shown)  # type: ignore[union-attr]
+        self._forget()
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Return how many tokens have gone through, those let go of included."""
+        return self._seen
+
+    def get_mask_sizes(
+        self, query_length: int, cache_position: torch.Tensor | None = None
+    ) -> tuple[int, int]:
+        """Return how many keys the next update hands back, and the position of the first of them."""
+        kept = min(self._seen, self.sliding_window - 1)
+        return kept + query_length, self._seen - kept
+
+    def crop(self, length: int) -> None:
+        """Keep the first `length` tokens, if what precedes them in the window is still there.
+
+        Args:
+            length: Tokens to keep, counted from the first one ever seen.
+
+        Raises:
+            GenerationError: tokens that the window would need were let go of.
+        """
+        drop = self._seen - length
+        if drop <= 0:
+            return
+        needed = min(length, self.sliding_window - 1)
+        if self._length - drop < needed:
+            raise GenerationError(
+                "A sliding-window cache cannot go back that far",
+                where="past_key_values",
+                expected=f"at most {max(self._length - self.sliding_window + 1, 0)} tokens cropped",
+                found=drop,
+                mend="Make the cache with a larger margin, or start again from the prompt.",
+            )
+        self._length -= drop
+        self._seen = length
+
+    def reset(self) -> None:
+        """Forget everything, memory included."""
+        super().reset()
+        self._seen = 0
+
+    def _forget(self) -> None:
+        kept = min(self._length, self.sliding_window - 1 + self.margin)
+        if not self._owned and kept < self._length and not torch.is_grad_enabled():
+            # A view would keep a long prompt's keys alive.
+            self._move(_round_up(kept + self.sliding_window), kept)
+        self._start += self._length - kept
+        self._length = kept
+
+
+class StaticLayer(CacheLayer):
+    """Room for a fixed number of tokens, allocated once.
+
+    Args:
+        max_cache_len: How many tokens fit.
+    """
+
+    is_compileable = True
+
+    def __init__(self, max_cache_len: int) -> None:
+        super().__init__()
+        if max_cache_len < 1:
+            raise ArgumentError("max_cache_len must be 1 or more", found=max_cache_len)
+        self.max_cache_len = max_cache_len
+
+    def allocate(
+        self, batch_size: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        """Make the buffers, zeroed, as the first update would."""
+        shape = (batch_size, num_heads, self.max_cache_len, head_dim)
+        # Zeroed: a compiled step attends over the whole buffer, and 0 x NaN would be NaN behind the mask.
+        self._keys = torch.zeros(shape, dtype=dtype, device=device)
+        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        self._start, self._length, self._owned = 0, 0, True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, cache_position: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new keys and values into the buffer.
+
+        Args:
+            key_states: [batch, kv_heads, new, head_dim].
+            value_states: [batch, kv_heads, new, head_dim].
+            cache_position: [new] positions on the device, for a compiled step; `Cache.advance` must
+                follow. None to write after what is there.
+
+        Returns:
+            Keys and values: those filled, [batch, kv_heads, old + new, head_dim]; with `cache_position`
+            the whole buffer, [batch, kv_heads, max_cache_len, head_dim].
+
+        Raises:
+            GenerationError: they do not fit, or another batch size than before.
+        """
+        if self._keys is None:
+            batch, heads, _, width = key_states.shape
+            self.allocate(batch, heads, width, key_states.dtype, key_states.device)
+        self._check(key_states)
+        if cache_position is not None:
+            self._keys.index_copy_(2, cache_position, key_states)  # type: ignore[union-attr]
+            self._values.index_copy_(2, cache_position, value_states)  # type: ignore[union-attr]
+            return self._keys, self._values  # type: ignore[return-value]
+        needed = self._length + key_states.shape[2]
+        if needed > self.max_cache_len:
+            raise GenerationError(
+                "The static cache is full",
+                where="past_key_values",
+                expected=f"at most {self.max_cache_len} tokens",
+                found=f"{needed} ({self._length} held and {key_states.shape[2]} new)",
+                mend=f"Make it with max_cache_len={_round_up(needed)} or more, or use a DynamicCache.",
+            )
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise GenerationError(
+                "A static cache cannot be used where gradients are recorded, as it is written in place",
+                where="past_key_values",
+                mend="Use torch.no_grad(), or a DynamicCache.",
+            )
+        if not self._writable(needed):
+            self._move(self.max_cache_len, self._length)
+        self._write(key_states, value_states)
+        return self._keys.narrow(2, 0, needed), self._values.narrow(2, 0, needed)  # type: ignore[union-attr]
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens that were written by `cache_position`."""
+        self._length += tokens
+
+    def get_max_length(self) -> int:
+        """Return how many tokens fit."""
+        return self.max_cache_len
+
+    def get_mask_sizes(
+        self, query_length: int, cache_position: torch.Tensor | None = None
+    ) -> tuple[int, int]:
+        """Return how many keys the next update hands back, and the position of the first of them."""
+        return (self._length + query_length if cache_position is None else self.max_cache_len), 0
+
+    def map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace both buffers by a function of them, at their old address where the shape allows it."""
+        keys, values = self._keys, self._values
+        super().map_batch(function)
+        if keys is not None and keys.shape == self._keys.shape:  # type: ignore[union-attr]
+            self._keys, self._values = keys.copy_(self._keys), values.copy_(self._values)  # type: ignore[union-attr,arg-type]
+
+    def reset(self) -> None:
+        """Forget the tokens and keep the buffers, at their address."""
+        self._length = 0
+        if self._keys is not None and self._values is not None:
+            self._keys.zero_()
+            self._values.zero_()
