@@ -275,3 +275,28 @@ def typical(ids: Ids, scores: Scores, mass: float, keep: int = 1) -> Scores:
 
 def _entropy(probs: Scores) -> float:
     return -sum(p * math.log(p) for p in probs if p > 0)
+
+
+# -- relative positions ----------------------------------------------------------------------------
+
+
+def relative_position_bucket(
+    relative_position: int, *, bidirectional: bool, num_buckets: int, max_distance: int
+) -> int:
+    """Return which entry of T5's bias table one relative position uses (Raffel et al. 2020, section 2.1).
+
+    Args:
+        relative_position: Position of the key minus that of the query.
+        bidirectional: Keys after the query have the upper half of the table.
+        num_buckets: Size of the table.
+        max_distance: First distance that shares the last bucket of its direction.
+    """
+    buckets = num_buckets // 2 if bidirectional else num_buckets
+    first = buckets if bidirectional and relative_position > 0 else 0
+    distance = abs(relative_position) if bidirectional else max(-relative_position, 0)
+    exact = buckets // 2
+    if distance < exact:
+        return first + distance
+    # float32, as published: at the edges of buckets the rounding decides.
+    octaves = np.log(np.float32(distance) / np.float32(exact)) / np.float32(math.log(max_distance / exact))
+    return first + min(exact + int(octaves * np.float32(buckets - exact)), buckets - 1)

@@ -40,6 +40,8 @@ class T5PreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules = ("wo",)
     _tied_weights_keys: ClassVar[Mapping[str, str]] = {}
     _input_embedding = "shared"
+    # Files of this family say tie_word_embeddings: false to mean "do not scale", head or no head.
+    _ties_absent_head = True
 
     def ties(self) -> dict[str, str]:
         """Return which parameters share one tensor: the embeddings always, the head by the config."""
