@@ -4,7 +4,7 @@
 import torch
 
 from pretrained.testing.battery import BATCH, LENGTH, Case
-from pretrained.torch.models import bert, distilbert, roberta
+from pretrained.torch.models import bert, camembert, distilbert, roberta, xlm_roberta
 
 TINY_BERT = {
     "vocab_size": 99,
@@ -83,6 +83,12 @@ BERT_CASES = [
     bert_case(roberta.RobertaForMultipleChoice),
     bert_case(roberta.RobertaForTokenClassification, num_labels=3),
     bert_case(roberta.RobertaForQuestionAnswering),
+    bert_case(xlm_roberta.XLMRobertaModel),
+    # Transformers lists these heads before the stack, so the tied gradient has another name there.
+    bert_case(xlm_roberta.XLMRobertaForMaskedLM, labels="none"),
+    bert_case(xlm_roberta.XLMRobertaForSequenceClassification, num_labels=3),
+    bert_case(camembert.CamembertForCausalLM, labels="none", **DECODER),
+    bert_case(camembert.CamembertForTokenClassification, num_labels=3),
     distilbert_case(distilbert.DistilBertModel),
     distilbert_case(distilbert.DistilBertModel, "sinusoidal", sinusoidal_pos_embds=True, activation="relu"),
     distilbert_case(distilbert.DistilBertForMaskedLM),

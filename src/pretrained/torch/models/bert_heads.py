@@ -334,6 +334,8 @@ class CausalLM(LanguageHead):
 class Classifier(Head):
     """What the classifiers share: dropout and a linear layer."""
 
+    classifier: nn.Module
+
     def add_head(self, config: BertConfig) -> None:
         """Build `dropout` and `classifier`."""
         self.dropout = nn.Dropout(config.head_dropout)

@@ -227,6 +227,7 @@ class DistilBertModel(DistilBertPreTrainedModel):
 class _Head(bert_heads.Head, DistilBertPreTrainedModel):
     """A DistilBERT with a head."""
 
+    distilbert: DistilBertModel
     _base_class = DistilBertModel
 
     def build_base(self, config: arch.DistilBertConfig) -> nn.Module:

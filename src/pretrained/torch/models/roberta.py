@@ -28,6 +28,7 @@ class RobertaEmbeddings(BertEmbeddings):
 
     def __init__(self, config: arch.RobertaConfig) -> None:
         super().__init__(config)
+        assert config.pad_token_id is not None  # The config checks it.
         self.padding_idx = config.pad_token_id
         # Its padding row takes no part in training.
         self.position_embeddings = nn.Embedding(
@@ -60,7 +61,7 @@ class RobertaEmbeddings(BertEmbeddings):
         if input_ids is None:
             counted = torch.arange(1, length + 1, device=embeds.device)[None] + before
         else:
-            real = (input_ids != self.padding_idx).long()
+            real = input_ids.ne(self.padding_idx).long()
             counted = (real.cumsum(1) + before) * real
         most = self.position_embeddings.num_embeddings - self.padding_idx - 1
         if cache_position is None and first + length > most:
@@ -158,7 +159,7 @@ class RobertaForCausalLM(_RobertaLanguageHead, bert_heads.CausalLM, RobertaPreTr
         mask, positions = prepared.get("attention_mask"), prepared.get("position_ids")
         if mask is not None and positions is not None and kwargs.get("position_ids") is None:
             # The general rule counts from 0; these embeddings have padding at padding_idx and text above.
-            counted = mask.long().cumsum(-1) * (mask != 0)
+            counted = mask.long().cumsum(-1) * mask.ne(0)
             prepared["position_ids"] = counted[:, -positions.shape[1] :] + self.config.pad_token_id
         return prepared
 
