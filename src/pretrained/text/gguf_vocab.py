@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 # enum llama_token_type.
-_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _NAMED = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -51,7 +51,7 @@ class _Vocabulary:
             )
         self.tokens: list[str] = list(tokens)
         types = self.get("token_type")
-        self.types: list[int] = [1] * len(self.tokens) if types is None else [int(t) for t in types]
+        self.types: list[int] = [_NORMAL] * len(self.tokens) if types is None else [*map(int, types)]
         self._check_length("token_type", self.types)
         self.ids: dict[str, int] = {token: i for i, token in enumerate(self.tokens)}
 
@@ -169,8 +169,7 @@ def _add_special_tokens(
     added_token = tokenizers_library().AddedToken
     special = dict.fromkeys([*vocabulary.of_type(_CONTROL), *named.values()])
     tokenizer.add_special_tokens([added_token(t, normalized=False, special=True) for t in special])
-    known = tokenizer.get_vocab(with_added_tokens=False)
-    whole = [t for t in vocabulary.of_type(_USER_DEFINED) if t not in special and t in known]
+    whole = [t for t in vocabulary.of_type(_USER_DEFINED) if t not in special]
     tokenizer.add_tokens([added_token(t, normalized=False) for t in whole])
 
 
@@ -185,8 +184,8 @@ def _build_byte_level(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bo
             expected="tokenizer.ggml.merges",
             mend="Convert the model to GGUF again.",
         )
-    # The separating blank is never the first character: a merge may start with a blank of its own.
-    pairs = [(m[: (at := m.index(" ", 1))], m[at + 1 :]) for m in merges if " " in m[1:]]
+    # A blank within a token is spelled as another character, so the one blank separates.
+    pairs = [tuple(merge.split(" ")) for merge in merges]
     try:
         model = library.models.BPE(vocabulary.ids, pairs, ignore_merges=split.ignore_merges)
     except Exception as error:  # the library raises bare Exception
