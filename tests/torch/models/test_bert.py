@@ -384,3 +384,12 @@ def test_question_answering_has_two_outputs():
 def test_a_language_model_that_is_no_decoder_says_so(caplog):
     bert.BertLMHeadModel(BertConfig(**TINY_BERT))
     assert "BertLMHeadModel sees the tokens it is to predict" in caplog.text
+
+
+def test_a_decoder_of_its_own_in_the_file_is_kept():
+    """Whatever the config says: files of fine-tuned models are right about themselves."""
+    source = build(bert.BertForMaskedLM, tie_word_embeddings=False)
+    config = BertConfig(**TINY_BERT)
+    model = bert.BertForMaskedLM.from_pretrained(None, config=config, state_dict=source.state_dict())
+    assert torch.equal(model(ids()).logits, source(ids()).logits)
+    assert not model.config.tie_word_embeddings
