@@ -47,6 +47,7 @@ def oracle(smollm2_gguf):
     return Oracle.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
 
 
+@pytest.mark.slow  # the oracle takes seconds to load the file
 @pytest.mark.realweights
 def test_smollm2_as_the_oracle(smollm2, oracle):
     # Two digits in one piece are what the oracle gets wrong; see the next test.
@@ -71,6 +72,7 @@ def test_smollm2_splits_digits(smollm2):
         assert smollm2.decode(smollm2(text).input_ids) == text
 
 
+@pytest.mark.slow
 @pytest.mark.realweights
 @pytest.mark.parametrize("prompt", [True, False])
 def test_smollm2_chat_as_the_oracle(prompt, smollm2, oracle):

@@ -328,10 +328,11 @@ class ByteEngine:
                 (_cut(ids, keep, truncation.side), _cut(offsets, keep, truncation.side))
                 for (ids, offsets), keep in zip(parts, kept, strict=False)
             ]
-        row = Row([], [], [], [])
+        row, eos = Row([], [], [], []), self._added["</s>"]
         for ids, offsets in parts:
-            end = 1 if add_special_tokens else 0
-            row.ids.extend(ids + [self._added["</s>"]] * end)
+            # A text that ends in </s> of its own gets no second one.
+            end = 1 if add_special_tokens and ids[-1:] != [eos] else 0
+            row.ids.extend(ids + [eos] * end)
             row.offsets.extend(offsets + [(0, 0)] * end)
             row.special_mask.extend([0] * len(ids) + [1] * end)
         row.type_ids.extend([0] * len(row.ids))

@@ -22,6 +22,7 @@ from pretrained.text.vocab_files import (
     ROBERTA_SPECIAL,
     read_bpe,
     read_json,
+    read_text,
     read_wordpiece,
 )
 
@@ -147,14 +148,14 @@ def _read_template(source: Source) -> str | dict[str, str] | None:
     templates: dict[str, str] = {}
     file = source.file("chat_template.jinja", required=False)
     if file:
-        templates["default"] = file.read_text(encoding="utf-8")
+        templates["default"] = read_text(file)
     elif file := source.file("chat_template.json", required=False):
         templates["default"] = str(read_json(file).get("chat_template", ""))
     prefix, suffix = "additional_chat_templates/", ".jinja"
     for name in sorted(source.listing()):
         if name.startswith(prefix) and name.endswith(suffix):
             key = name.removeprefix(prefix).removesuffix(suffix)
-            templates[key] = source.require(name).read_text(encoding="utf-8")
+            templates[key] = read_text(source.require(name))
     if not templates:
         return None
     return templates["default"] if list(templates) == ["default"] else templates
@@ -241,15 +242,7 @@ def _read_engine(source: Source, config: Mapping[str, Any], settings: TokenizerS
         return ByteEngine(int(config.get("extra_ids", 125)))
     file = source.file("tokenizer.json", required=False)
     if file:
-        try:
-            return load_json_tokenizer(file.read_text(encoding="utf-8"), file)
-        except UnicodeDecodeError as error:
-            raise TokenizerError(
-                "The tokenizer's file is not UTF-8 text",
-                where=file,
-                found=str(error),
-                mend="Fetch it again.",
-            ) from error
+        return load_json_tokenizer(read_text(file), file)
     style = _style(source, settings.tokenizer_class)
     vocab_txt = source.file("vocab.txt", required=False)
     if vocab_txt and style == "bert":

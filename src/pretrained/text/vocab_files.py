@@ -50,7 +50,7 @@ def read_wordpiece(file: Path, config: Mapping[str, Any], special: Mapping[str, 
         TokenizerError: the file cannot be read as text, or lacks a special token.
     """
     library = tokenizers_library()
-    tokens = _text(file).split("\n")
+    tokens = read_text(file).split("\n")
     vocab = {token.removesuffix("\r"): index for index, token in enumerate(tokens) if token.strip()}
     unknown = special["unk_token"]
     _require(vocab, [unknown, special["cls_token"], special["sep_token"]], file)
@@ -92,7 +92,7 @@ def read_bpe(
     """
     library = tokenizers_library()
     vocab = read_json(vocab_file)
-    lines = _text(merges_file).splitlines()
+    lines = read_text(merges_file).splitlines()
     merges = [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
     try:
         model = library.models.BPE(vocab, merges)
@@ -120,6 +120,26 @@ def read_bpe(
     return TokenizersEngine(tokenizer)
 
 
+def read_text(file: Path) -> str:
+    """Read a text file.
+
+    Args:
+        file: UTF-8.
+
+    Raises:
+        TokenizerError: it is no UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(
+            "The tokenizer's file is not UTF-8 text",
+            where=file,
+            found=str(error),
+            mend="Fetch or save it again.",
+        ) from error
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -130,7 +150,7 @@ def read_json(file: Path) -> dict[str, Any]:
         TokenizerError: it is no text, no JSON or no object.
     """
     try:
-        content = json.loads(_text(file))
+        content = json.loads(read_text(file))
     except ValueError as error:
         raise TokenizerError(
             "The tokenizer's file is not valid JSON",
@@ -151,18 +171,6 @@ def _special_tokens(special: Mapping[str, str], vocab: Mapping[str, int], style:
     # RoBERTa's mask takes the blank before it, as it stands for a word.
     mask = special.get("mask_token") if style == "roberta" else None
     return [added_token(t, lstrip=t == mask, normalized=False, special=True) for t in tokens]
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TokenizerError(
-            "The tokenizer's file is not UTF-8 text",
-            where=file,
-            found=str(error),
-            mend="Fetch or save it again.",
-        ) from error
 
 
 def _require(vocab: Mapping[str, int], tokens: list[str], file: Path) -> None:
