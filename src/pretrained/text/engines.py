@@ -167,7 +167,12 @@ class TokenizersEngine:
     ) -> list[Row]:
         """Encode texts, or pairs of texts."""
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-        encoded = self.tokenizer.encode_batch(inputs, add_special_tokens=add_special_tokens)
+        if len(inputs) == 1:
+            # The library starts threads for a batch, and complains when the process forks after that.
+            pair = None if pairs is None else pairs[0]
+            encoded = [self.tokenizer.encode(texts[0], pair, add_special_tokens=add_special_tokens)]
+        else:
+            encoded = self.tokenizer.encode_batch(inputs, add_special_tokens=add_special_tokens)
         if truncation is not None:
             for i, row in enumerate(encoded):
                 # Most rows fit; only those that do not are encoded again, in parts.
