@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BERT in PyTorch: the stack of `bert_layers` under the heads of `bert_heads`, and BERT's own two."""
+"""BERT in PyTorch: the stack of `bert_stack` under the heads of `bert_heads`, and BERT's own two."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pretrained.torch.generation.mixin import GenerationMixin
 from pretrained.torch.losses import token_loss
 from pretrained.torch.model import PreTrainedModel
 from pretrained.torch.models import bert_heads
-from pretrained.torch.models.bert_layers import BertStack
+from pretrained.torch.models.bert_stack import BertStack
 from pretrained.torch.nn import activation
 from pretrained.torch.outputs import ModelOutput, NextSentencePredictorOutput, Tensors, finish
 

@@ -18,7 +18,7 @@ from pretrained.torch.attention import attend
 from pretrained.torch.inputs import embed_tokens, flags
 from pretrained.torch.masks import padding_mask
 from pretrained.torch.model import PreTrainedModel
-from pretrained.torch.models import bert_heads
+from pretrained.torch.models import bert_heads, bert_outputs
 from pretrained.torch.models.bert_layers import check_length, in_chunks
 from pretrained.torch.nn import activation
 from pretrained.torch.outputs import BaseModelOutput, finish
@@ -279,7 +279,7 @@ class DistilBertForMaskedLM(_Head):
         inputs = (input_ids, attention_mask, inputs_embeds, position_ids)
         out, as_dict = self.run(*inputs, output_attentions, output_hidden_states, return_dict=return_dict)
         x = self.vocab_layer_norm(self.activation(self.vocab_transform(out.last_hidden_state)))
-        return finish(bert_heads.masked_lm_output(out, self.vocab_projector(x), labels), as_dict)
+        return finish(bert_outputs.masked_lm_output(out, self.vocab_projector(x), labels), as_dict)
 
 
 class _FirstTokenHead(_Head):
@@ -333,7 +333,7 @@ class DistilBertForSequenceClassification(_FirstTokenHead):
         """
         inputs = (input_ids, attention_mask, inputs_embeds, position_ids)
         out, as_dict = self.run(*inputs, output_attentions, output_hidden_states, return_dict=return_dict)
-        result = bert_heads.sequence_classifier_output(out, self.score(out), labels, self.config)
+        result = bert_outputs.sequence_classifier_output(out, self.score(out), labels, self.config)
         return finish(result, as_dict)
 
 
@@ -342,7 +342,7 @@ class DistilBertForQuestionAnswering(_Head):
 
     def add_head(self, config: arch.DistilBertConfig) -> None:
         """Build `qa_outputs` and `dropout`."""
-        self.qa_outputs = bert_heads.span_layer(config, config.dim)
+        self.qa_outputs = bert_outputs.span_layer(config, config.dim)
         self.dropout = nn.Dropout(config.qa_dropout)
 
     def forward(
@@ -373,7 +373,7 @@ class DistilBertForQuestionAnswering(_Head):
         inputs = (input_ids, attention_mask, inputs_embeds, position_ids)
         out, as_dict = self.run(*inputs, output_attentions, output_hidden_states, return_dict=return_dict)
         logits = self.qa_outputs(self.dropout(out.last_hidden_state))
-        result = bert_heads.question_answering_output(out, logits, start_positions, end_positions)
+        result = bert_outputs.question_answering_output(out, logits, start_positions, end_positions)
         return finish(result, as_dict)
 
 
@@ -411,7 +411,7 @@ class DistilBertForTokenClassification(_Head):
         inputs = (input_ids, attention_mask, inputs_embeds, position_ids)
         out, as_dict = self.run(*inputs, output_attentions, output_hidden_states, return_dict=return_dict)
         logits = self.classifier(self.dropout(out.last_hidden_state))
-        return finish(bert_heads.token_classifier_output(out, logits, labels), as_dict)
+        return finish(bert_outputs.token_classifier_output(out, logits, labels), as_dict)
 
 
 class DistilBertForMultipleChoice(_FirstTokenHead):
@@ -445,7 +445,7 @@ class DistilBertForMultipleChoice(_FirstTokenHead):
             output_hidden_states: As there.
             return_dict: As there.
         """
-        choices, inputs = bert_heads.flat_choices(
+        choices, inputs = bert_outputs.flat_choices(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
@@ -457,4 +457,4 @@ class DistilBertForMultipleChoice(_FirstTokenHead):
             output_hidden_states=output_hidden_states,
             return_dict=return_dict,
         )
-        return finish(bert_heads.multiple_choice_output(out, self.score(out), labels, choices), as_dict)
+        return finish(bert_outputs.multiple_choice_output(out, self.score(out), labels, choices), as_dict)

@@ -18,9 +18,9 @@ from pretrained.torch.models.bert_layers import (
     BertEmbeddings,
     BertEncoder,
     BertLayer,
-    BertStack,
     check_length,
 )
+from pretrained.torch.models.bert_stack import BertStack
 
 
 class RobertaEmbeddings(BertEmbeddings):
