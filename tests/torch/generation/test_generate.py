@@ -564,3 +564,8 @@ def test_a_rule_that_is_any_function(toy):
 
     for rule in (Not2(), lambda i, s: s.index_fill(1, torch.tensor([2]), -1.0)):
         assert toy.generate(ids([1, 1]), logits_processor=[rule], max_new_tokens=1).tolist() == [[1, 1, 0]]
+
+
+def test_it_runs_under_inference_mode(toy):
+    with torch.inference_mode():
+        assert toy.generate(ids([1, 1]), max_new_tokens=9).tolist() == [fibonacci(1, 1, 9)]
