@@ -366,10 +366,10 @@ def _read_config(
     # Some of the load's arguments (dtype) are attributes of a config too, and must not go there.
     for_load = {name: kwargs.pop(name) for name in _FOR_LOAD if name in kwargs}
     source = None if path is None else resolve(path, hub_options)
-    if config is None:
-        config_source, gguf_file = source, for_load.get("gguf_file")
-    else:
-        config_source, gguf_file = resolve(config, hub_options), None
+    # A GGUF file holds the config of its own weights only.
+    gguf_file = for_load.get("gguf_file") if config is None else None
+    config_source = resolve(config, hub_options) if config is not None else source
+    assert config_source is not None  # from_pretrained refuses a call with neither
     found, rest = AutoConfig.from_pretrained(
         config_source, gguf_file=gguf_file, return_unused_kwargs=True, **kwargs
     )

@@ -8,7 +8,7 @@ of a head.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,8 @@ class _Attention(nn.Module):
         mask: torch.Tensor | None,
         output_attentions: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        dtype, precision = v_BHSK.dtype, nullcontext()
+        dtype = v_BHSK.dtype
+        precision: AbstractContextManager[Any] = nullcontext()
         eager = output_attentions or self.config.attn_implementation == "eager"
         if eager and self.config.reorder_and_upcast_attn:
             # Scores in float32, whatever autocast says; the fused kernels add them up in float32 anyway.
