@@ -37,7 +37,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 MODELS = ".cache/models"
 FENCE = re.compile(r"^```(\S*)[ ]*([^\n]*)\n(.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
-MEASURED = re.compile(r"\d+(\.\d+)?(?= (?:s|ms|MB|GB|a second)\b)")
+MEASURED = re.compile(r"\d+(\.\d+)? (?:s|ms|MB|GB)\b|\d+(\.\d+)?(?= a second)")
 # The commands that a page may show, and what runs for each.
 COMMANDS = {"pretrained": ["pretrained"], "make demo": ["pretrained", "demo", "--models", MODELS]}
 
