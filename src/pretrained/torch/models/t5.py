@@ -63,7 +63,8 @@ class T5Model(T5EncoderDecoder):
             output_attentions: Return each layer's weights; None for the config's choice.
             output_hidden_states: Return each layer's input and the final output; None as above.
             return_dict: False for a plain tuple; None as above.
-            cache_position: [T] slots of a static cache to write, for compiled steps; None counts.
+            cache_position: [T] slots of a static cache to write, each one on from the other, for compiled
+                steps; None counts.
         """
         as_dict = self.config.use_return_dict if return_dict is None else return_dict
         out = self._run(

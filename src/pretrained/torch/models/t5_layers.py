@@ -210,22 +210,29 @@ class T5SelfAttention(T5Attention):
             )
             self.relative_attention_bias.initial_std = config.d_model**-0.5  # type: ignore[assignment]
 
-    def position_bias(self, query_positions: torch.Tensor, kv_length: int) -> torch.Tensor:
+    def position_bias(
+        self, last_position: int | torch.Tensor, query_length: int, kv_length: int
+    ) -> torch.Tensor:
         """Return what relative positions add to the scores, [1, H, T, S].
 
         Args:
-            query_positions: [T] positions of the queries; keys are at 0 to S - 1.
+            last_position: Position of the last query; the others come right before it, and keys are at 0 to
+                S - 1. A tensor of no axes where it is known on the device only.
+            query_length: T.
             kv_length: S.
         """
         assert self.relative_attention_bias is not None
-        keys = torch.arange(kv_length, device=query_positions.device)
+        # Along each diagonal all entries are the same, so that the table is asked T + S - 1 times and not
+        # T x S times; each query's row is a window of the answers.
+        steps = torch.arange(query_length + kv_length - 1, device=self.relative_attention_bias.weight.device)
         buckets = relative_position_bucket(
-            keys[None, :] - query_positions[:, None],
+            steps - last_position,
             bidirectional=self.bidirectional,
             num_buckets=self.config.relative_attention_num_buckets,
             max_distance=self.config.relative_attention_max_distance,
         )
-        return self.relative_attention_bias(buckets).permute(2, 0, 1)[None]
+        diagonals_HL = self.relative_attention_bias(buckets).t().contiguous()
+        return diagonals_HL.unfold(-1, kv_length, 1).flip(1)[None]
 
     def forward(
         self,

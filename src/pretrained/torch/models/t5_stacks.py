@@ -138,7 +138,7 @@ class T5Stack(T5PreTrainedModel):
         self,
         x: torch.Tensor,
         mask: torch.Tensor | None,
-        query_positions: torch.Tensor,
+        last_position: int | torch.Tensor,
         kv_length: int,
         output_attentions: bool,
         output_hidden_states: bool,
@@ -154,7 +154,7 @@ class T5Stack(T5PreTrainedModel):
             all_hidden += (x,)
             attention = block.layer[0].SelfAttention
             if attention.relative_attention_bias is not None:
-                biased_mask = add_mask(attention.position_bias(query_positions, kv_length), mask)
+                biased_mask = add_mask(attention.position_bias(last_position, x.shape[1], kv_length), mask)
             x, weights, cross = block(x, biased_mask, output_attentions, *rest)
             all_weights, all_cross = (*all_weights, weights), (*all_cross, cross)
         x = self.dropout(self.final_layer_norm(x))
@@ -197,7 +197,7 @@ class T5Encoder(T5Stack):
         x = embed_tokens(self.embed_tokens, input_ids, inputs_embeds)
         length = x.shape[1]
         mask = padding_mask(attention_mask, kv_length=length)
-        out = self._blocks(x, mask, torch.arange(length, device=x.device), length, attentions, hidden)
+        out = self._blocks(x, mask, length - 1, length, attentions, hidden)
         return finish(BaseModelOutput(out.last_hidden_state, out.hidden_states, out.attentions), as_dict)
 
 
@@ -233,7 +233,8 @@ class T5Decoder(T5Stack):
             output_attentions: Return each layer's weights; None for the config's choice.
             output_hidden_states: Return each layer's input and the final output; None as above.
             return_dict: False for a plain tuple; None as above.
-            cache_position: [T] slots of a static cache to write, for compiled steps; None counts.
+            cache_position: [T] slots of a static cache to write, each one on from the other, for compiled
+                steps; None counts.
         """
         attentions, hidden, use_cache, as_dict = flags(
             self.config, output_attentions, output_hidden_states, use_cache, return_dict
@@ -244,9 +245,7 @@ class T5Decoder(T5Stack):
         length, kv_length = x.shape[1], x.shape[1]
         if cache is not None:
             kv_length, _ = cache.get_mask_sizes(length, 0, cache_position)
-        positions = cache_position
-        if positions is None:
-            positions = torch.arange(first, first + length, device=x.device)
+        last = first + length - 1 if cache_position is None else cache_position[-1]
         mask = causal_mask(
             query_length=length,
             kv_length=kv_length,
@@ -256,14 +255,14 @@ class T5Decoder(T5Stack):
         )
         if mask is None and length > 1:
             # Kernels take either a mask or "causal", and the biases are a mask.
-            mask = torch.arange(kv_length, device=x.device) <= positions[:, None]
+            mask = torch.ones(length, kv_length, dtype=torch.bool, device=x.device).tril(kv_length - length)
         encoder_mask = None
         if encoder_hidden_states is not None:
             encoder_mask = padding_mask(encoder_attention_mask, kv_length=encoder_hidden_states.shape[1])
         out = self._blocks(
             x,
             mask,
-            positions,
+            last,
             kv_length,
             attentions,
             hidden,
