@@ -3,7 +3,6 @@
 
 import torch
 
-from pretrained.arch.t5 import MT5Config
 from pretrained.testing.battery import Case
 from pretrained.torch.models import mt5, t5, umt5
 
@@ -39,13 +38,7 @@ def decoder_ids(config):
 
 
 def t5_case(cls, name="", **config):
-    """A row, with the inputs that its head needs.
-
-    Rows with a gate have a plain activation, but for those about it: in bfloat16 transformers rounds
-    after each of the five steps of gelu_new, and torch's kernel once, which alone fills the tolerance.
-    """
-    gate = "gated-" if issubclass(cls.config_class, MT5Config) else ""
-    config = {"feed_forward_proj": f"{gate}relu", **config}
+    """A row, with the inputs that its head needs."""
     head = cls.__name__.partition("5")[2]
     reads_only = head in ("EncoderModel", "ForTokenClassification")
     extra = {"ForSequenceClassification": ids_with_ends, "ForQuestionAnswering": decoder_ids}
