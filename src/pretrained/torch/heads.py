@@ -78,12 +78,11 @@ class _Head:
         """
         raise NotImplementedError
 
-    def _run(self, kwargs: dict[str, Any], **named: Any) -> tuple[Any, bool]:
+    def _run(self, return_dict: bool | None, **named: Any) -> tuple[Any, bool]:
         """Run the headless model; return its output and whether the caller wants an output object."""
-        wanted = kwargs.pop("return_dict", None)
-        as_dict = self.config.use_return_dict if wanted is None else wanted  # type: ignore[attr-defined]
+        as_dict = self.config.use_return_dict if return_dict is None else return_dict  # type: ignore[attr-defined]
         # By name: families differ in the order of their arguments.
-        return self.base_model(**named, **kwargs, return_dict=True), as_dict  # type: ignore[attr-defined]
+        return self.base_model(**named, return_dict=True), as_dict  # type: ignore[attr-defined]
 
 
 class ForSequenceClassification(_Head):
@@ -102,7 +101,11 @@ class ForSequenceClassification(_Head):
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        **kwargs: Any,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: torch.Tensor | None = None,
     ) -> Any:
         """Classify each row.
 
@@ -113,15 +116,23 @@ class ForSequenceClassification(_Head):
             past_key_values: As there.
             inputs_embeds: As there.
             labels: [batch] classes, or numbers, as `config.problem_type` has it.
-            **kwargs: The headless model's other arguments.
+            use_cache: As there.
+            output_attentions: As there.
+            output_hidden_states: As there.
+            return_dict: As there.
+            cache_position: As there.
         """
         out, as_dict = self._run(
-            kwargs,
+            return_dict,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            cache_position=cache_position,
         )
         logits = self.score(out.last_hidden_state)
         rows = torch.arange(logits.shape[0], device=logits.device)
@@ -157,7 +168,11 @@ class ForTokenClassification(_Head):
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        **kwargs: Any,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: torch.Tensor | None = None,
     ) -> Any:
         """Classify each token.
 
@@ -168,15 +183,23 @@ class ForTokenClassification(_Head):
             past_key_values: As there.
             inputs_embeds: As there.
             labels: [batch, length] classes, -100 to leave out.
-            **kwargs: The headless model's other arguments.
+            use_cache: As there.
+            output_attentions: As there.
+            output_hidden_states: As there.
+            return_dict: As there.
+            cache_position: As there.
         """
         out, as_dict = self._run(
-            kwargs,
+            return_dict,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            cache_position=cache_position,
         )
         logits = getattr(self, self._classifier)(self.dropout(out.last_hidden_state))
         loss = None if labels is None else token_loss(logits, labels)
@@ -199,7 +222,11 @@ class ForQuestionAnswering(_Head):
         inputs_embeds: torch.Tensor | None = None,
         start_positions: torch.Tensor | None = None,
         end_positions: torch.Tensor | None = None,
-        **kwargs: Any,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: torch.Tensor | None = None,
     ) -> Any:
         """Score each token as the first and as the last of the answer.
 
@@ -211,15 +238,23 @@ class ForQuestionAnswering(_Head):
             inputs_embeds: As there.
             start_positions: [batch] index of the answer's first token.
             end_positions: [batch] index of its last.
-            **kwargs: The headless model's other arguments.
+            use_cache: As there.
+            output_attentions: As there.
+            output_hidden_states: As there.
+            return_dict: As there.
+            cache_position: As there.
         """
         out, as_dict = self._run(
-            kwargs,
+            return_dict,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            cache_position=cache_position,
         )
         start, end = self.qa_outputs(out.last_hidden_state).unbind(-1)
         start, end = start.contiguous(), end.contiguous()
