@@ -61,8 +61,9 @@ GROUPS = {
         """),
     "T5 family": [name for family in ("T5", "MT5", "UMT5") for name in encoder_decoder(family)],
     "BERT": encoder("Bert", "ForPreTraining", "LMHeadModel", "ForNextSentencePrediction"),
-    "RoBERTa": encoder("Roberta", "ForCausalLM"),
-    "its namesakes with other vocabularies, which its classes serve": ["CamembertConfig", "XLMRobertaConfig"],
+    "RoBERTa, also under the names of checkpoints with other vocabularies": [
+        name for family in ("Roberta", "XLMRoberta", "Camembert") for name in encoder(family, "ForCausalLM")
+    ],
     "DistilBERT": encoder("DistilBert"),
     "callers make caches, keep them between calls, and build them from layers": words("""
         Cache DynamicCache StaticCache EncoderDecoderCache

@@ -68,22 +68,23 @@ class Family:
     models: Mapping[str, Models]
 
 
-_ROBERTA = Models(
-    "pretrained.torch.models.roberta",
-    {
-        "Model": "RobertaModel",
-        "ForPreTraining": "RobertaForMaskedLM",
-        "ForCausalLM": "RobertaForCausalLM",
-        "ForMaskedLM": "RobertaForMaskedLM",
-        "ForSequenceClassification": "RobertaForSequenceClassification",
-        "ForTokenClassification": "RobertaForTokenClassification",
-        "ForQuestionAnswering": "RobertaForQuestionAnswering",
-        "ForMultipleChoice": "RobertaForMultipleChoice",
-        "ForTextEncoding": "RobertaModel",
-        "WithLMHead": "RobertaForMaskedLM",
-    },
-    ("RobertaPreTrainedModel",),
-)
+def _roberta(module: str, name: str) -> dict[str, Models]:
+    """Return the row of RoBERTa or of a family that is RoBERTa under a name of its own."""
+    tasks = {
+        "Model": "Model",
+        "ForPreTraining": "ForMaskedLM",
+        "ForCausalLM": "ForCausalLM",
+        "ForMaskedLM": "ForMaskedLM",
+        "ForSequenceClassification": "ForSequenceClassification",
+        "ForTokenClassification": "ForTokenClassification",
+        "ForQuestionAnswering": "ForQuestionAnswering",
+        "ForMultipleChoice": "ForMultipleChoice",
+        "ForTextEncoding": "Model",
+        "WithLMHead": "ForMaskedLM",
+    }
+    classes = {task: f"{name}{head}" for task, head in tasks.items()}
+    return {"torch": Models(f"pretrained.torch.models.{module}", classes, (f"{name}PreTrainedModel",))}
+
 
 FAMILIES: dict[str, Family] = {
     "bert": Family(
@@ -109,7 +110,7 @@ FAMILIES: dict[str, Family] = {
             )
         },
     ),
-    "camembert": Family("pretrained.arch.roberta", "CamembertConfig", {"torch": _ROBERTA}),
+    "camembert": Family("pretrained.arch.roberta", "CamembertConfig", _roberta("camembert", "Camembert")),
     "distilbert": Family(
         "pretrained.arch.distilbert",
         "DistilBertConfig",
@@ -238,7 +239,7 @@ FAMILIES: dict[str, Family] = {
             )
         },
     ),
-    "roberta": Family("pretrained.arch.roberta", "RobertaConfig", {"torch": _ROBERTA}),
+    "roberta": Family("pretrained.arch.roberta", "RobertaConfig", _roberta("roberta", "Roberta")),
     "smollm3": Family(
         "pretrained.arch.llama",
         "SmolLM3Config",
@@ -296,7 +297,9 @@ FAMILIES: dict[str, Family] = {
             )
         },
     ),
-    "xlm-roberta": Family("pretrained.arch.roberta", "XLMRobertaConfig", {"torch": _ROBERTA}),
+    "xlm-roberta": Family(
+        "pretrained.arch.roberta", "XLMRobertaConfig", _roberta("xlm_roberta", "XLMRoberta")
+    ),
 }
 
 _PACKAGES = {"torch": "PyTorch", "tokenizers": "tokenizers", "jinja2": "Jinja2"}
