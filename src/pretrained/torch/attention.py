@@ -4,8 +4,8 @@
 An implementation is ``f(module, query, key, value, attention_mask, *, scaling, dropout, is_causal)``
 with query [batch, heads, q, head_dim], key and value [batch, kv_heads, k, head_dim]. The mask is
 boolean (True: may look) or additive, broadcastable to [batch, heads, q, k]; None with `is_causal` means
-plain causal, None without it means no masking. It returns ``(output [batch, q, heads, head_dim],
-weights [batch, heads, q, k] or None)``.
+plain causal, the last query seeing every key; None without it means no masking. `dropout` is 0 outside
+training. It returns ``(output [batch, q, heads, head_dim], weights [batch, heads, q, k] or None)``.
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ def eager_attention(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is None and is_causal and query.shape[2] > 1:
-        attention_mask = torch.ones(
-            query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
-        ).tril()
-    mask = additive(attention_mask, scores.dtype)
-    if mask is not None:
-        scores = scores + mask
+        attention_mask = _causal(query, key)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        # Added in float32: float16's most negative number and a negative score make -inf, and a row of
+        # nothing else makes NaN.
+        scores = scores.float() + attention_mask
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2), weights
@@ -70,17 +71,27 @@ def sdpa_attention(
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention through torch's fused kernels (the default)."""
+    causal = is_causal and attention_mask is None and query.shape[2] > 1
+    if causal and query.shape[2] != key.shape[2]:
+        # torch's own flag would let the first query see the first key alone, not all that are cached.
+        attention_mask, causal = _causal(query, key), False
     output = F.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=attention_mask,
+        attn_mask=additive(attention_mask, query.dtype),
         dropout_p=dropout if module.training else 0.0,
-        is_causal=is_causal and attention_mask is None and query.shape[2] > 1,
+        is_causal=causal,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return output.transpose(1, 2), None
+
+
+def _causal(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Return [q, k] booleans that let the last query see every key."""
+    queries, keys = query.shape[2], key.shape[2]
+    return torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
 
 
 def flash_attention_2(
@@ -99,6 +110,9 @@ def flash_attention_2(
     """Attention through the ``flash_attn`` package; where there is a mask, through sdpa.
 
     flash_attn 2 takes no mask, so batches with padding fall back to torch's kernels, which are exact.
+
+    Raises:
+        ArgumentError: neither the model nor autocast computes in float16 or bfloat16.
     """
     if attention_mask is not None:
         return sdpa_attention(
@@ -107,16 +121,32 @@ def flash_attention_2(
     # Imported here: an optional package that loads CUDA libraries.
     from flash_attn import flash_attn_func  # noqa: PLC0415
 
+    dtype = _half(query)
     output = flash_attn_func(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
+        query.transpose(1, 2).to(dtype),
+        key.transpose(1, 2).to(dtype),
+        value.transpose(1, 2).to(dtype),
         dropout_p=dropout if module.training else 0.0,
         softmax_scale=scaling,
         causal=is_causal,
         window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
     )
     return output, None
+
+
+def _half(query: torch.Tensor) -> torch.dtype:
+    """Return the 16-bit dtype to compute in: that of the query, or of autocast."""
+    if query.dtype in (torch.float16, torch.bfloat16):
+        return query.dtype
+    if torch.is_autocast_enabled(query.device.type):
+        return torch.get_autocast_dtype(query.device.type)
+    raise ArgumentError(
+        "flash_attention_2 computes in 16 bits only",
+        where="attn_implementation",
+        expected="float16 or bfloat16",
+        found=query.dtype,
+        mend="Load with dtype=torch.bfloat16, run under torch.autocast, or use 'sdpa'.",
+    )
 
 
 class AttentionInterface(Mapping[str, AttentionFunction]):
@@ -149,6 +179,7 @@ class AttentionInterface(Mapping[str, AttentionFunction]):
 
 
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()
+_WITHOUT_WEIGHTS = ("sdpa", "flash_attention_2")
 
 
 def check_attn_implementation(name: str | None) -> None:
@@ -163,7 +194,7 @@ def check_attn_implementation(name: str | None) -> None:
     """
     if name is None:
         return
-    if name not in ALL_ATTENTION_FUNCTIONS:
+    if not isinstance(name, str) or name not in ALL_ATTENTION_FUNCTIONS:
         raise ArgumentError(
             f"Unknown attention implementation {name!r}",
             where="attn_implementation",
@@ -205,19 +236,24 @@ def attend(
         scaling: Factor on the scores.
         dropout: Probability of dropping a weight while training.
         is_causal: Whether None as a mask means causal.
-        output_attentions: Weights are wanted, which only the eager implementation has.
+        output_attentions: Weights are wanted. The fused implementations have none, so eager computes
+            them; a registered function is asked for its own.
         **kwargs: Passed on, for example `sliding_window`.
     """
-    name = "eager" if output_attentions else (config.attn_implementation or "sdpa")
+    name = config.attn_implementation or "sdpa"
+    if output_attentions and name in _WITHOUT_WEIGHTS:
+        name = "eager"
     function = ALL_ATTENTION_FUNCTIONS[name]
-    return function(
+    output, weights = function(
         module,
         query,
         key,
         value,
         attention_mask,
         scaling=scaling,
-        dropout=dropout,
+        # Functions written for the ecosystem apply it as given.
+        dropout=dropout if module.training else 0.0,
         is_causal=is_causal,
         **kwargs,
     )
+    return output, weights if output_attentions else None

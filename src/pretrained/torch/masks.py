@@ -35,10 +35,10 @@ def causal_mask(
         attention (or, for a single query, no masking at all) says the same.
 
     Raises:
-        ArgumentError: `attention_mask` has another rank or length.
+        ArgumentError: `attention_mask` has another rank or length, or is a ready one of whole numbers.
     """
     if attention_mask is not None and attention_mask.dim() == 4:
-        return attention_mask
+        return _ready(attention_mask)
     static = isinstance(query_positions, torch.Tensor)
     first = 0 if isinstance(query_positions, torch.Tensor) else query_positions
     narrow = window is not None and (static or first + query_length > window)
@@ -71,25 +71,43 @@ def padding_mask(attention_mask: torch.Tensor | None, *, kv_length: int) -> torc
         [batch, 1, 1 or query, key] booleans, or None where nothing is masked.
 
     Raises:
-        ArgumentError: another rank or length.
+        ArgumentError: another rank or length, or a ready mask of whole numbers.
     """
-    if attention_mask is None or attention_mask.dim() == 4:
-        return attention_mask
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() == 4:
+        return _ready(attention_mask)
     if attention_mask.dim() == 3:
+        if attention_mask.shape[-1] != kv_length:
+            raise _wrong_length(kv_length, attention_mask.shape[-1])
         return attention_mask[:, None].bool()
     return _padding(attention_mask, 0, kv_length, False)[:, None, None, :]
 
 
 def additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """Return a mask to add to attention scores: 0 where True, the most negative number where False.
+    """Return a mask that kernels for scores of `dtype` take: booleans as they are, numbers in that dtype.
 
     Args:
-        mask: Booleans, an additive mask already, or None.
+        mask: Booleans, an additive mask, or None.
         dtype: Floating dtype of the scores.
     """
-    if mask is None or mask.dtype != torch.bool:
+    if mask is None or mask.dtype in (torch.bool, dtype):
         return mask
-    return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+    # Within the narrower dtype's range: its -inf would make NaN of a row that sees nothing.
+    return mask.clamp(min=torch.finfo(dtype).min).to(dtype)
+
+
+def _ready(mask: torch.Tensor) -> torch.Tensor:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        # Added to scores, ones and zeros would mask next to nothing.
+        raise ArgumentError(
+            "A mask of rank 4 is used as it is, so it cannot hold whole numbers",
+            where="attention_mask",
+            expected="booleans (True: may look), or floating numbers to add to the scores",
+            found=mask.dtype,
+            mend="Pass attention_mask.bool() if it holds ones and zeros.",
+        )
+    return mask
 
 
 def _padding(mask: torch.Tensor, kv_offset: int, kv_length: int, static: bool) -> torch.Tensor:
@@ -105,11 +123,15 @@ def _padding(mask: torch.Tensor, kv_offset: int, kv_length: int, static: bool) -
         # Slots of a static cache that are still to be filled; causality hides them.
         mask = torch.nn.functional.pad(mask, (0, needed - mask.shape[1]))
     if mask.shape[1] != needed:
-        raise ArgumentError(
-            "attention_mask does not cover the keys",
-            where="attention_mask",
-            expected=f"length {needed} (cached and new tokens)",
-            found=f"length {mask.shape[1]}",
-            mend="Pass a mask over the cached and the new tokens, or none if nothing is padded.",
-        )
+        raise _wrong_length(needed, mask.shape[1])
     return mask[:, kv_offset:].bool()
+
+
+def _wrong_length(needed: int, found: int) -> ArgumentError:
+    return ArgumentError(
+        "attention_mask does not cover the keys",
+        where="attention_mask",
+        expected=f"length {needed} (cached and new tokens)",
+        found=f"length {found}",
+        mend="Pass a mask over the cached and the new tokens, or none if nothing is padded.",
+    )
