@@ -217,7 +217,6 @@ def test_decode_takes_any_kind_of_ids(wrap, llama):
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([3, 8], r"outside the vocabulary: expected 0 to 7, found 8\. Decode with"),
         ([-100], r"found -100\. Labels mark what is ignored by -100"),
         ([1 << 40], "outside the vocabulary"),
     ],
@@ -227,6 +226,14 @@ def test_ids_outside_the_vocabulary(ids, message, llama):
         llama.decode(ids)
     with pytest.raises(TokenizerError, match=message):
         llama.convert_ids_to_tokens(ids)
+
+
+def test_padding_rows_of_an_embedding_have_no_text(llama):
+    assert llama.decode([3, 8, 4]) == llama.decode([3, 4]) == "hello world"
+    with pytest.raises(
+        TokenizerError, match=r"outside the vocabulary: expected 0 to 7, found 8\. Decode with"
+    ):
+        llama.convert_ids_to_tokens([3, 8])
 
 
 def test_conversions(llama):

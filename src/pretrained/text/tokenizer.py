@@ -149,20 +149,20 @@ class PreTrainedTokenizer(EncodingMixin, ChatMixin, PushToHubMixin):
 
         Args:
             token_ids: An id, a list, an array or a tensor; of several rows, a list of texts is returned.
+                Ids past the vocabulary have no text: models pad their embeddings, and may emit such rows.
             skip_special_tokens: Leave special tokens out.
             clean_up_tokenization_spaces: Take the blank before punctuation out; None for the tokenizer's
                 own setting.
 
         Raises:
-            TokenizerError: an id is outside the vocabulary.
+            TokenizerError: an id is negative, or larger than any vocabulary.
         """
         ids = plain(token_ids)
         if isinstance(ids, int):
             ids = [ids]
         if ids and isinstance(ids[0], list):
             return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in ids]
-        self._check_ids(ids)
-        text = self.engine.decode(ids, skip_special_tokens=skip_special_tokens)
+        text = self.engine.decode(self._tokens_of(ids), skip_special_tokens=skip_special_tokens)
         tidy = clean_up_tokenization_spaces
         if self.settings.clean_up_tokenization_spaces if tidy is None else tidy:
             for untidy, clean in _TIDY.items():
@@ -231,12 +231,14 @@ class PreTrainedTokenizer(EncodingMixin, ChatMixin, PushToHubMixin):
 
     # -- inside --------------------------------------------------------------------------------
 
-    def _check_ids(self, ids: list[int]) -> None:
+    def _tokens_of(self, ids: list[int]) -> list[int]:
+        """Return the ids that are tokens; raise for those that no model emits."""
         size = len(self)
         for index in ids:
-            # Ids of tokens added later may lie beyond a gap.
-            if not 0 <= index < size:
-                self._token_of(index)
+            if not 0 <= index < MAX_ID:
+                raise self._outside(index)
+        # Ids of tokens added later may lie beyond a gap.
+        return [index for index in ids if index < size or self.engine.id_to_token(index) is not None]
 
 
 class AutoTokenizer:

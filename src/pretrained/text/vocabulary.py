@@ -11,7 +11,7 @@ from pretrained.text.encoding import plain
 from pretrained.text.engines import Engine, TokenizersEngine
 from pretrained.text.settings import SPECIAL_NAMES, TokenizerSettings
 
-_MAX_ID = 2**32  # beyond it the tokenizers library takes no number
+MAX_ID = 2**32  # beyond it the tokenizers library takes no number
 
 
 def _special_token(name: str) -> property:
@@ -192,7 +192,7 @@ class VocabularyMixin:
         self.settings.special[name] = text
 
     def _token_of(self, index: int) -> str:
-        token = self.engine.id_to_token(index) if 0 <= index < _MAX_ID else None
+        token = self.engine.id_to_token(index) if 0 <= index < MAX_ID else None
         if token is None:
             raise self._outside(index)
         return token
