@@ -15,7 +15,12 @@ from pretrained.testing import reference
 from pretrained.testing.battery import Case, assert_close, relative_error
 from pretrained.torch.cache import DynamicCache, EncoderDecoderCache, StaticCache
 from pretrained.torch.models import mt5, t5, umt5
-from pretrained.torch.models.t5_layers import add_mask, keep_finite, relative_position_bucket
+from pretrained.torch.models.t5_layers import (
+    T5SelfAttention,
+    add_mask,
+    keep_finite,
+    relative_position_bucket,
+)
 from support.cases_t5 import TINY_T5, UNTIED
 from support.oracle import transformers_twin
 
@@ -46,6 +51,20 @@ def test_buckets_equal_the_slow_ones_and_the_oracles(num_buckets, max_distance, 
     assert fast.tolist() == [reference.relative_position_bucket(p, **facts) for p in positions.tolist()]
     assert torch.equal(fast, T5Attention._relative_position_bucket(positions, **facts))
     assert int(fast.min()) >= 0 and int(fast.max()) == num_buckets - 1 - (bidirectional and num_buckets % 2)
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["counted", "tensor"])
+@pytest.mark.parametrize(("first", "queries", "keys"), [(0, 6, 6), (5, 3, 8), (7, 1, 8), (2, 2, 12)])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_biases_are_looked_up_pair_by_pair(bidirectional, first, queries, keys, on_device):
+    layer = T5SelfAttention(T5Config(**TINY_T5), 0, bidirectional=bidirectional)
+    last = first + queries - 1
+    found = layer.position_bias(torch.tensor(last) if on_device else last, queries, keys)
+    table, facts = layer.relative_attention_bias.weight, {"num_buckets": 8, "max_distance": 9}
+    for i in range(queries):
+        for j in range(keys):
+            bucket = reference.relative_position_bucket(j - first - i, bidirectional=bidirectional, **facts)
+            assert torch.equal(found[0, :, i, j], table[bucket])
 
 
 def test_biases_add_up_with_any_mask():
