@@ -9,21 +9,30 @@ when they are set, so that a wrong file fails here, by the name of the key, and 
 from __future__ import annotations
 
 import copy
-import functools
 import json
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pretrained.core.atomic_files import write_text_atomically
-from pretrained.core.dtypes import dtype_name
+from pretrained.core.config_values import (
+    PROBLEM_TYPES,
+    check_ranges,
+    checked,
+    dtype_field,
+    hints,
+    label_count,
+    label_fields,
+)
 from pretrained.core.hub import HubOptions, resolve
 from pretrained.core.push import PushToHubMixin
-from pretrained.errors import ArgumentError, ConfigError, FileError
+from pretrained.errors import ArgumentError, ConfigError, FileError, did_you_mean
 
 CONFIG_NAME = "config.json"
+
+# A config.json has a few kilobytes, one with a hundred thousand labels some megabytes.
+_MAX_JSON_BYTES = 100_000_000
 
 
 class PreTrainedConfig(PushToHubMixin):
@@ -70,16 +79,19 @@ class PreTrainedConfig(PushToHubMixin):
         attn_implementation = values.pop("attn_implementation", None)
         values.pop("model_type", None)
         object.__setattr__(self, "_attn_implementation", attn_implementation)
-        object.__setattr__(self, "_given", frozenset(values) | getattr(self, "_given", frozenset()))
         object.__setattr__(self, "_name_or_path", values.pop("_name_or_path", ""))
-        values = self.normalise(_labels(dict(values)))
+        # Keys that would hide a method or an internal of this class are carried, not set.
+        kept = {name: values.pop(name) for name in list(values) if _is_reserved(type(self), name)}
+        object.__setattr__(self, "_kept", kept)
+        object.__setattr__(self, "_given", frozenset(values))
+        values = self.normalise(label_fields(dict(values)))
         for name, default in _defaults(type(self)).items():
             if name not in self.__dict__:
                 object.__setattr__(self, name, default)
         for name, value in values.items():
             setattr(self, name, value)
-        self.derive()
-        self.check()
+        if not self.__dict__.get("_unfinished", False):
+            self._finish()
 
     # -- what subclasses may override ----------------------------------------------------------
 
@@ -106,15 +118,28 @@ class PreTrainedConfig(PushToHubMixin):
         """
         return values
 
+    def _finish(self) -> None:
+        """Derive what follows from the fields, and check them against each other."""
+        self.derive()
+        self.check()
+        check_ranges(type(self), self.__dict__)
+        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
+            raise ConfigError(
+                f"Unknown problem_type {self.problem_type!r}",
+                where="problem_type",
+                expected=", ".join(PROBLEM_TYPES),
+                mend=did_you_mean(self.problem_type, PROBLEM_TYPES),
+            )
+
     # -- attributes ----------------------------------------------------------------------------
 
     def __setattr__(self, name: str, value: Any) -> None:
         name = type(self).attribute_map.get(name, name)
-        hint = _hints(typing.cast(Any, type(self))).get(name)
+        hint = hints(typing.cast(Any, type(self))).get(name)
         if name in ("dtype", "torch_dtype"):
-            name, value = "dtype", None if value is None else _dtype(value)
+            name, value = "dtype", dtype_field(value)
         elif hint is not None:
-            value = _checked(type(self), name, value, hint)
+            value = checked(type(self), name, value, hint)
         object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -137,9 +162,8 @@ class PreTrainedConfig(PushToHubMixin):
 
     @num_labels.setter
     def num_labels(self, count: int) -> None:
-        if count != len(self.id2label):
-            self.id2label = {index: f"LABEL_{index}" for index in range(count)}
-            self.label2id = {label: index for index, label in self.id2label.items()}
+        for name, value in label_fields({"num_labels": label_count(count)}, current=self.num_labels).items():
+            setattr(self, name, value)
 
     @property
     def use_return_dict(self) -> bool:
@@ -204,7 +228,18 @@ class PreTrainedConfig(PushToHubMixin):
         Raises:
             ConfigError: a value has the wrong type, or the file is of another architecture.
         """
-        return_unused = kwargs.pop("return_unused_kwargs", False)
+        try:
+            return cls._read(config_dict, kwargs.pop("return_unused_kwargs", False), kwargs)
+        except ConfigError as error:
+            # The key alone does not say which of a user's many files is meant.
+            source = config_dict.get("_name_or_path")
+            if source and str(source) not in str(error.where):
+                error.where = f"{error.where}, {source}" if error.where else source
+            raise
+
+    @classmethod
+    def _read(cls, config_dict: Mapping[str, Any], return_unused: bool, kwargs: dict[str, Any]) -> Any:
+        """Do what `from_dict` says."""
         file_type = config_dict.get("model_type")
         if cls.model_type and file_type and file_type != cls.model_type:
             raise ConfigError(
@@ -214,18 +249,20 @@ class PreTrainedConfig(PushToHubMixin):
                 found=repr(file_type),
                 mend="Use AutoConfig (or an Auto model class), which picks the class from model_type.",
             )
-        config = cls(**copy.deepcopy(dict(config_dict)))
+        values = copy.deepcopy({key: value for key, value in config_dict.items() if key not in kwargs})
+        config = cls.__new__(cls)
+        # With overrides the file alone need not make sense: the call may be what mends it.
+        object.__setattr__(config, "_unfinished", bool(kwargs))
+        config.__init__(**values)
+        object.__delattr__(config, "_unfinished")
         if file_type and not cls.model_type:
             object.__setattr__(config, "model_type", file_type)
         unused = {}
-        overrides = {}
-        for name, value in kwargs.items():
-            if return_unused and not config.has(name):
-                unused[name] = value
-            else:
-                overrides[name] = value
-        if overrides:
-            config.update(overrides)
+        if return_unused:
+            known = set(config_dict)
+            unused = {name: kwargs[name] for name in kwargs if name not in known and not config.has(name)}
+        if kwargs:
+            config.update({name: value for name, value in kwargs.items() if name not in unused})
         return (config, unused) if return_unused else config
 
     @classmethod
@@ -244,6 +281,8 @@ class PreTrainedConfig(PushToHubMixin):
         Args:
             name: Attribute name.
         """
+        if _is_reserved(type(self), name):
+            return False
         known = name in self.__dict__ or name in type(self).attribute_map
         settable = isinstance(getattr(type(self), name, None), property)
         return known or settable or name in ("torch_dtype", "attn_implementation")
@@ -253,24 +292,28 @@ class PreTrainedConfig(PushToHubMixin):
 
         Args:
             values: New values by name.
+
+        Raises:
+            ConfigError: a value cannot be, or contradicts another; nothing is changed then.
         """
-        values = dict(values)
-        if "attn_implementation" in values:
-            object.__setattr__(self, "_attn_implementation", values.pop("attn_implementation"))
-        object.__setattr__(self, "_given", self._given | frozenset(values))
-        for name, value in self.normalise(_labels(values)).items():
-            setattr(self, name, value)
-        self.derive()
-        self.check()
+        values, before = dict(values), dict(self.__dict__)
+        try:
+            if "attn_implementation" in values:
+                object.__setattr__(self, "_attn_implementation", values.pop("attn_implementation"))
+            object.__setattr__(self, "_given", self._given | frozenset(values))
+            for name, value in self.normalise(label_fields(values, current=self.num_labels)).items():
+                setattr(self, name, value)
+            self._finish()
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
 
     # -- writing -------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field and kept key, JSON-able, plus `model_type`."""
-        values = {name: copy.deepcopy(value) for name, value in self._items()}
-        values = self.spell(values, self._given)
-        values["model_type"] = self.model_type
-        return dict(sorted(values.items()))
+        return self._written({name: copy.deepcopy(value) for name, value in self._items()})
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return what is worth writing: values that differ from the defaults or were given."""
@@ -283,7 +326,16 @@ class PreTrainedConfig(PushToHubMixin):
             for name, value in self._items()
             if name in given or name not in defaults or value != defaults[name]
         }
+        return self._written(values)
+
+    def _written(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Give values the spelling of the file they came from, and add what is only carried."""
         values = self.spell(values, self._given)
+        if "torch_dtype" in self._given and "dtype" in values:
+            values["torch_dtype"] = values["dtype"]
+            if "dtype" not in self._given:
+                del values["dtype"]
+        values |= copy.deepcopy(self._kept)
         values["model_type"] = self.model_type
         return dict(sorted(values.items()))
 
@@ -294,6 +346,16 @@ class PreTrainedConfig(PushToHubMixin):
             use_diff: Leave out defaults that were not given.
         """
         values = self.to_diff_dict() if use_diff else self.to_dict()
+        for name, value in values.items():
+            try:
+                json.dumps(value, sort_keys=True)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ConfigError(
+                    f"{type(self).__name__}.{name} cannot be written as JSON",
+                    where=name,
+                    found=f"{type(value).__name__} {value!r}"[:200],
+                    mend=f"Set {name!r} to plain numbers, texts, lists or dictionaries, or delete it.",
+                ) from error
         return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
     def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
@@ -370,11 +432,28 @@ def read_json_object(file: Path) -> dict[str, Any]:
         ConfigError: it is not UTF-8 JSON, or its top level is no object.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        size = file.stat().st_size
+        # Some editors put a byte order mark first, which is no part of the text.
+        text = file.read_text(encoding="utf-8-sig") if size <= _MAX_JSON_BYTES else ""
     except UnicodeDecodeError as error:
-        raise ConfigError("This file is not UTF-8 text", where=file, found=error.reason) from error
+        raise ConfigError(
+            "This file is not UTF-8 text", where=file, found=error.reason, mend="Save it as UTF-8."
+        ) from error
     except OSError as error:
-        raise FileError("This file cannot be read", where=file, found=error.strerror) from error
+        raise FileError(
+            "This file cannot be read",
+            where=file,
+            found=error.strerror,
+            mend="Check the path and its permissions.",
+        ) from error
+    if size > _MAX_JSON_BYTES:
+        raise ConfigError(
+            "This file is too large to be a config",
+            where=file,
+            expected=f"at most {_MAX_JSON_BYTES} bytes",
+            found=f"{size} bytes",
+            mend="Check that it is the file you mean, or download it again.",
+        )
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -390,95 +469,20 @@ def read_json_object(file: Path) -> dict[str, Any]:
             where=file,
             expected="{...}",
             found=type(content).__name__,
+            mend="Download or write it again.",
         )
     return content
 
 
-@functools.cache
-def _hints(cls: Any) -> dict[str, Any]:
-    """Field name -> annotation, resolved once for each class."""
-    resolved = typing.get_type_hints(cls)
-    return {name: hint for name, hint in resolved.items() if typing.get_origin(hint) is not ClassVar}
-
-
 def _defaults(cls: type) -> dict[str, Any]:
-    return {name: copy.deepcopy(getattr(cls, name)) for name in _hints(cls) if hasattr(cls, name)}
+    return {name: copy.deepcopy(getattr(cls, name)) for name in hints(cls) if hasattr(cls, name)}
 
 
-def _labels(values: dict[str, Any]) -> dict[str, Any]:
-    """Make id2label, label2id and num_labels agree, whichever were given."""
-    id2label = values.get("id2label")
-    if isinstance(id2label, Mapping):
-        try:
-            id2label = {int(index): label for index, label in id2label.items()}
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                "A key of id2label is not a whole number", where="id2label", found=error
-            ) from error
-        values["id2label"] = id2label
-        values.setdefault("label2id", {label: index for index, label in id2label.items()})
-    pruned = values.get("pruned_heads")
-    if isinstance(pruned, Mapping):
-        values["pruned_heads"] = {
-            int(layer): sorted(int(head) for head in heads) for layer, heads in pruned.items()
-        }
-    count = values.pop("num_labels", None)
-    if count is not None and (id2label is None or len(id2label) != count):
-        values["id2label"] = {index: f"LABEL_{index}" for index in range(count)}
-        values["label2id"] = {label: index for index, label in values["id2label"].items()}
-    return values
-
-
-def _dtype(value: Any) -> str:
-    try:
-        return dtype_name(str(value))
-    except ArgumentError as error:
-        raise ConfigError(error.what, where="dtype", expected=error.expected, mend=error.mend) from error
-
-
-def _checked(cls: type, name: str, value: Any, hint: Any) -> Any:
-    """Return `value`, widened where that loses nothing, or raise `ConfigError`."""
-    fits, value = _fit(value, hint)
-    if fits:
-        return value
-    raise ConfigError(
-        f"{cls.__name__}.{name} has a value of the wrong type",
-        where=name,
-        expected=_spelling(hint),
-        found=f"{type(value).__name__} {value!r}"[:200],
-        mend=f"Correct {name!r} in config.json or in the call.",
-    )
-
-
-def _fit(value: Any, hint: Any) -> tuple[bool, Any]:  # noqa: PLR0911 - one line for each kind of annotation
-    origin = typing.get_origin(hint)
-    if hint is Any:
-        return True, value
-    if origin in (typing.Union, types.UnionType):
-        results = [_fit(value, option) for option in typing.get_args(hint)]
-        return next((result for result in results if result[0]), (False, value))
-    if hint is type(None):
-        return value is None, value
-    if hint is bool:
-        return isinstance(value, bool), value
-    if hint is int:
-        if isinstance(value, float) and value.is_integer():
-            return True, int(value)
-        return isinstance(value, int) and not isinstance(value, bool), value
-    if hint is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number, float(value) if number else value
-    if origin is typing.Literal:
-        return value in typing.get_args(hint), value
-    if origin in (list, tuple):
-        if not isinstance(value, list | tuple):
-            return False, value
-        items = [_fit(item, typing.get_args(hint)[0]) for item in value]
-        return all(fits for fits, _ in items), [item for _, item in items]
-    if origin is dict:
-        return isinstance(value, Mapping), dict(value) if isinstance(value, Mapping) else value
-    return isinstance(value, hint), value
-
-
-def _spelling(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+def _is_reserved(cls: type, name: str) -> bool:
+    """Tell whether an attribute of that name would hide a method, a fact or an internal of the class."""
+    if name.startswith("_"):
+        return True
+    own = getattr(cls, name, None)
+    if name in hints(cls) or own is None:
+        return False
+    return own.fset is None if isinstance(own, property) else callable(own)
