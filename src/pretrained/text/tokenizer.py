@@ -27,6 +27,7 @@ from pretrained.text.tokenizer_files import (
     read_tokenizer,
     write_tokenizer,
 )
+from pretrained.text.vocabulary import MAX_ID
 
 # The tidying that the ecosystem calls clean_up_tokenization_spaces.
 _TIDY = {" .": ".", " ?": "?", " !": "!", " ,": ",", " ' ": "'", " n't": "n't", " 'm": "'m", " 's": "'s",
