@@ -91,7 +91,7 @@ def test_saved_files_load_here_and_in_the_oracle(byt5, tmp_path):
 
 def test_what_it_cannot_do(byt5):
     with pytest.raises(TokenizerError, match=r"expected 0 to 383, found 384"):
-        byt5.decode([384])
+        byt5.convert_ids_to_tokens([384])
     with pytest.raises(ArgumentError, match="always ends a row in </s>"):
         AutoTokenizer.from_pretrained(byt5.name_or_path, add_eos_token=False)
     assert byt5.backend_tokenizer is None
