@@ -7,6 +7,7 @@ libraries find what they look for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -73,8 +74,10 @@ class RotaryEmbedding(nn.Module):
             self.long_inv_freq = torch.from_numpy(self.table.long_inv_freq).to(device)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RotaryEmbedding:
+        empty = self.inv_freq.is_meta
         super()._apply(fn, recurse)
-        if self.inv_freq.dtype != torch.float32 and self.inv_freq.device.type != "meta":
+        # Cast ones have lost digits, and ones that `to_empty` made out of meta tensors hold nothing yet.
+        if (empty or self.inv_freq.dtype != torch.float32) and not self.inv_freq.is_meta:
             self.init_buffers(self.inv_freq.device)
         return self
 
@@ -145,10 +148,15 @@ class Conv1D(nn.Module):
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
+    "gelu_10": lambda x: F.gelu(x).clamp(-10, 10),
+    "gelu_accurate": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_python": F.gelu,
+    "gelu_python_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "hardswish": F.hardswish,
+    "laplace": lambda x: 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0)))),
     "leaky_relu": F.leaky_relu,
     "linear": lambda x: x,
     "mish": F.mish,
@@ -159,6 +167,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "selu": F.selu,
     "sigmoid": torch.sigmoid,
     "silu": F.silu,
+    "sqrtsoftplus": lambda x: F.softplus(x).sqrt(),
     "swish": F.silu,
     "tanh": torch.tanh,
 }  # fmt: skip
@@ -174,11 +183,11 @@ def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     Raises:
         ConfigError: there is no such activation.
     """
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ConfigError(
             f"Unknown activation {name!r}",
             where="hidden_act",
             expected=", ".join(ACTIVATIONS),
-            mend=did_you_mean(name, ACTIVATIONS),
+            mend=did_you_mean(str(name), ACTIVATIONS),
         )
     return ACTIVATIONS[name]
