@@ -48,7 +48,11 @@ class LlamaConfig(RopeConfig):
         """Without a number of key-value heads every query head has its own; heads share the hidden size."""
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None and self.num_attention_heads and self.hidden_size % self.num_attention_heads == 0:
+        if (
+            self.head_dim is None
+            and self.num_attention_heads
+            and self.hidden_size % self.num_attention_heads == 0
+        ):
             self.head_dim = self.hidden_size // self.num_attention_heads
 
     def check(self) -> None:
@@ -68,6 +72,15 @@ class LlamaConfig(RopeConfig):
                 "num_attention_heads is not a multiple of num_key_value_heads",
                 where="num_key_value_heads",
                 found=f"{self.num_attention_heads} and {self.kv_heads}",
+            )
+        if self.pad_token_id is not None and not -1 <= self.pad_token_id < self.vocab_size:
+            # -1 is what early Llama files say for "none"; torch takes it for the last row.
+            raise ConfigError(
+                "The padding token is not in the vocabulary",
+                where="pad_token_id",
+                expected=f"below vocab_size, {self.vocab_size}, or null",
+                found=self.pad_token_id,
+                mend="Pass pad_token_id=None, or the id of a token that the model has.",
             )
         super().check()
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pretrained.core.config import PreTrainedConfig
-from pretrained.errors import ConfigError
+from pretrained.errors import ConfigError, did_you_mean
 
 _REQUIRED: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -25,6 +25,19 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "longrope": ("short_factor", "long_factor"),
 }
 _LENGTH_AWARE = ("llama3", "yarn", "longrope")
+_NUMBERS = (
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "partial_rotary_factor",
+)
+# Real heads have up to 512 channels; a table of more than this is a lie that costs memory.
+_LARGEST_HEAD = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +102,22 @@ class RopeConfig(PreTrainedConfig):
         """
         values = super().normalise(values)
         current = self.__dict__.get("rope_parameters") or {}
-        parameters = values.get("rope_parameters", current) or {}
+        parameters = values.get("rope_parameters", current)
         theta, scaling = values.pop("rope_theta", None), values.pop("rope_scaling", None)
-        for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling or {})):
-            if not isinstance(value, dict):
+        for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+            if not isinstance(value, dict | None):
                 raise ConfigError(
-                    f"{name} is not an object", where=name, expected="dict or null", found=repr(value)
+                    f"{name} is not an object",
+                    where=name,
+                    expected="an object or null",
+                    found=repr(value)[:200],
+                    mend=f"Correct {name!r} in config.json or in the call.",
                 )
-        parameters = _renamed({**parameters, **(scaling or {})})
+        parameters = _renamed({**(parameters or {}), **(scaling or {})})
         if theta is not None:
             parameters["rope_theta"] = theta
-        parameters.setdefault("rope_theta", self.default_rope_theta)
+        if parameters.get("rope_theta") is None:
+            parameters["rope_theta"] = self.default_rope_theta
         values["rope_parameters"] = parameters
         return values
 
@@ -166,10 +184,14 @@ def rope_table(
         ConfigError: an unknown scaling, or one that lacks a number.
     """
     kind = parameters.get("rope_type", "default")
-    if kind not in _REQUIRED:
+    if not isinstance(kind, str) or kind not in _REQUIRED:
         raise ConfigError(
-            f"Unknown RoPE scaling {kind!r}", where="rope_parameters.rope_type", expected=", ".join(_REQUIRED)
+            f"Unknown RoPE scaling {kind!r}",
+            where="rope_parameters.rope_type",
+            expected=", ".join(_REQUIRED),
+            mend=did_you_mean(str(kind), _REQUIRED) or None,
         )
+    _check_numbers(parameters)
     absent = [name for name in _REQUIRED[kind] if parameters.get(name) is None]
     if kind == "yarn" and original_max_position_embeddings:
         absent = []
@@ -188,14 +210,21 @@ def rope_table(
             found=parameters["partial_rotary_factor"],
         )
     base = float(parameters.get("rope_theta", 10000.0))
-    if base <= 0 or head_size < 2 or head_size % 2:
+    if base <= 0 or head_size < 2 or head_size % 2 or head_size > _LARGEST_HEAD:
         raise ConfigError(
             "Rotary positions need a positive rope_theta and an even head size",
             where="rope_theta, head_dim",
+            expected=f"head_dim from 2 to {_LARGEST_HEAD}",
             found=f"{base}, {head_size}",
         )
     exponents = np.arange(0, head_size, 2, dtype=np.float64) / head_size
     inv_freq = base**-exponents
+    if max_position_embeddings < 1:
+        raise ConfigError(
+            "max_position_embeddings must be positive",
+            where="max_position_embeddings",
+            found=max_position_embeddings,
+        )
     original = (
         original_max_position_embeddings
         or parameters.get("original_max_position_embeddings")
@@ -204,6 +233,39 @@ def rope_table(
     if kind not in _LENGTH_AWARE:
         original = max_position_embeddings
     return _SCALINGS[kind](parameters, inv_freq, int(original), max_position_embeddings)
+
+
+def _check_numbers(parameters: dict[str, Any]) -> None:
+    """Raise where a number that some scaling divides by or multiplies with cannot be one."""
+    nested = [name for name, value in parameters.items() if isinstance(value, dict)]
+    if nested:
+        raise ConfigError(
+            "rope_parameters differ by kind of layer, which this architecture's do not",
+            where="rope_parameters",
+            expected="one set of numbers",
+            found=", ".join(map(repr, nested)),
+        )
+    for name in _NUMBERS:
+        value = parameters.get(name)
+        if value is not None and not _is_positive(value):
+            raise ConfigError(
+                f"{name} is not a positive number",
+                where=f"rope_parameters.{name}",
+                found=repr(value)[:200],
+                mend=f"Correct {name!r} in config.json (rope_scaling in older files) or in the call.",
+            )
+    low, high = parameters.get("low_freq_factor"), parameters.get("high_freq_factor")
+    if low is not None and high is not None and low >= high:
+        raise ConfigError(
+            "low_freq_factor is not below high_freq_factor",
+            where="rope_parameters",
+            found=f"{low} and {high}",
+        )
+
+
+def _is_positive(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value > 0
 
 
 def _rounded(inv_freq: np.ndarray) -> np.ndarray:
@@ -230,6 +292,8 @@ def _yarn(parameters: dict[str, Any], inv_freq: np.ndarray, original: int, maxim
     """YaRN, Peng et al. 2023, https://arxiv.org/abs/2309.00071, section 3.2 and 3.4."""
     size = 2 * len(inv_freq)
     base = float(parameters.get("rope_theta", 10000.0))
+    if base <= 1:
+        raise ConfigError("YaRN needs a rope_theta above 1", where="rope_parameters.rope_theta", found=base)
     factor = parameters.get("factor") or maximum / original
 
     def channel_of(rotations: float) -> float:
@@ -275,7 +339,14 @@ def _longrope(parameters: dict[str, Any], inv_freq: np.ndarray, original: int, m
         scaling = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     tables = {}
     for name in ("short_factor", "long_factor"):
-        factors = np.asarray(parameters[name], dtype=np.float64)
+        given = parameters[name]
+        if not isinstance(given, list | tuple) or not all(map(_is_positive, given)):
+            raise ConfigError(
+                f"{name} is not a list of positive numbers",
+                where=f"rope_parameters.{name}",
+                found=repr(given)[:200],
+            )
+        factors = np.asarray(given, dtype=np.float64)
         if factors.shape != inv_freq.shape:
             raise ConfigError(
                 f"{name} has the wrong length",
