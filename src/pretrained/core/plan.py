@@ -204,12 +204,19 @@ def _steps(
         if shape != spec.shape:
             mismatched.append((key, shape, spec.shape))
             continue
-        dtype = _target_dtype(key, info.dtype, policy)
+        dtype = target_dtype(key, info.dtype, policy)
         steps.append(LoadStep(key, info, dtype, None if layout is None else layout.apply, shape))
     return steps, mismatched
 
 
-def _target_dtype(key: str, stored: str, policy: LoadPolicy) -> str:
+def target_dtype(key: str, stored: str, policy: LoadPolicy) -> str:
+    """Return the name of the dtype that a weight is loaded as.
+
+    Args:
+        key: Promised key.
+        stored: Its dtype in the file; a block type of GGML counts as floating.
+        policy: The wishes of the call.
+    """
     plain = DTYPES.get(stored)
     if plain is not None and not plain.is_floating:
         return stored
