@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Homes and how much memory each may give: what ``max_memory`` and a device map's values may say.
 
-A home is an accelerator's index, ``"cpu"``, ``"disk"``, or another device by its framework's name (``"mps"``).
+A home is an accelerator's index, ``"cpu"``, ``"disk"``, or another device by its framework's name
+(``"mps"``).
 A budget is a number of bytes, or None for no limit.
 """
 
@@ -62,8 +63,8 @@ def parse_home(value: Any, *, where: object = "device_map") -> Home:
     """Return a home from any spelling of a device.
 
     Args:
-        value: An index, ``"cuda:1"``, ``"cuda"`` (index 0), ``"cpu"``, ``"disk"``, a framework's device object
-            (taken by its text), or an index as text.
+        value: An index, ``"cuda:1"``, ``"cuda"`` (index 0), ``"cpu"``, ``"disk"``, a framework's device
+            object (taken by its text), or an index as text.
         where: What to name in errors.
 
     Raises:
@@ -149,6 +150,15 @@ def in_order(homes: Iterable[Home]) -> list[Home]:
         return {CPU: 2, DISK: 3}.get(home, 1), 0
 
     return sorted(homes, key=rank)
+
+
+def spelled(home: Home) -> str:
+    """Return what people call a home.
+
+    Args:
+        home: Any.
+    """
+    return f"GPU {home}" if isinstance(home, int) else home
 
 
 def accelerators_of(homes: Iterable[Home]) -> list[Home]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pretrained.core.budgets import CPU, DISK, Home, accelerators_of, in_order, parse_home
+from pretrained.core.budgets import CPU, DISK, Home, accelerators_of, in_order, parse_home, spelled
 from pretrained.core.homes import PlacedBlock, Placement, Room
 from pretrained.core.placement import Workload, rooms_of
 from pretrained.core.report import fold_keys, format_bytes
@@ -29,8 +29,8 @@ def check_device_map(
 ) -> Placement:
     """Check a device map and say what it means.
 
-    An entry covers everything under its module, except what has a longer entry of its own. A tied weight lives
-    where the key that owns it does; an entry for a module around an alias does not move it.
+    An entry covers everything under its module, except what has a longer entry of its own. A tied weight
+    lives where the key that owns it does; an entry for a module around an alias does not move it.
 
     Args:
         skeleton: What the model promises, with its blocks marked.
@@ -46,7 +46,8 @@ def check_device_map(
 
     Raises:
         PlacementError: modules that the model does not have, weights without an entry, a device that is not
-            there, a tied weight told to live in two homes, or a budget that is overdrawn; all of a kind at once.
+            there, a tied weight told to live in two homes, or a budget that is overdrawn; all of a kind at
+            once.
     """
     order = [spec.key for spec in module_order(skeleton)]
     given = _sorted_by_module(_parsed(device_map), order, modules)
@@ -173,8 +174,8 @@ def _homes(
             clashes.append(f"{alias} ({homes[alias]!r}) is {owner} ({homes[owner]!r})")
         else:
             notes.append(
-                f"{alias} is tied to {owner} and lives with it on {_spelled(homes[owner])}, "
-                f"not on {_spelled(homes[alias])} with {entry}"
+                f"{alias} is tied to {owner} and lives with it on {spelled(homes[owner])}, "
+                f"not on {spelled(homes[alias])} with {entry}"
             )
             homes[alias] = homes[owner]
     if clashes:
@@ -183,8 +184,7 @@ def _homes(
             "The device map tells tied weights, which are one tensor, to live in two homes",
             where="device_map",
             found="; ".join(clashes[:_MANY]),
-            mend=f"Give {entries[alias]!r} the home {homes[skeleton.ties[alias]]!r}, or leave its entry out where "
-            "another covers it.",
+            mend=f"Give {entries[alias]!r} the home {homes[skeleton.ties[alias]]!r}, or leave its entry out.",
         )
     return homes, notes
 
@@ -217,7 +217,7 @@ def _split_notes(pieces: Sequence[tuple[Unit, Home]]) -> list[str]:
     for unit, home in pieces:
         homes.setdefault(unit.name, []).append(home)
     return [
-        f"{name} is split over {' and '.join(map(_spelled, places))}: activations are moved inside it"
+        f"{name} is split over {' and '.join(map(spelled, places))}: activations are moved inside it"
         for name, places in homes.items()
         if len(places) > 1
     ]
@@ -253,16 +253,12 @@ def _check_budgets(rooms: Sequence[Room], main: Home, pieces: Sequence[tuple[Uni
     parts += [f"{format_bytes(room.activations)} of activations"] if room.activations else []
     here = fold_keys(unit.name for unit, home in pieces if home == room.home)
     raise PlacementError(
-        f"The device map puts more on {_spelled(room.home)} than its budget holds",
+        f"The device map puts more on {spelled(room.home)} than its budget holds",
         where="max_memory",
         expected=f"at most {format_bytes(room.budget or 0)}",
         found=f"{format_bytes(room.peak)}: {', '.join(parts)}",
         mend=f"Move some of {_listed(here)} elsewhere, raise the budget, or pass device_map='auto'.",
     )
-
-
-def _spelled(home: Home) -> str:
-    return f"GPU {home}" if isinstance(home, int) else home
 
 
 def _listed(names: Sequence[str]) -> str:

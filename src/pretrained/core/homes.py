@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pretrained.core.budgets import CPU, DISK, Home
+from pretrained.core.budgets import CPU, DISK, Home, spelled
 from pretrained.core.report import fold_keys, format_bytes
 from pretrained.core.units import covering
 
@@ -77,8 +77,8 @@ class Placement:
         strategy: ``"balanced"``, ``"balanced_low_0"``, ``"sequential"`` or ``"given"`` (by the user).
         device_map: Module path -> home; an entry covers everything under it except what has an entry of its
             own. Planned ones are as short as can be, given ones are the user's; both in module order.
-        homes: The home of every parameter and buffer, tied ones included, in module order: what counts where a
-            given map covers a tied weight twice.
+        homes: The home of every parameter and buffer, tied ones included, in module order: what counts where
+            a given map covers a tied weight twice.
         blocks: What was placed, in module order.
         rooms: The devices, accelerators first.
         main: The device that runs what lives on a slower one.
@@ -137,7 +137,7 @@ class Placement:
     def explain(self) -> str:
         """Return one line for each group of blocks: home, bytes and why."""
         rows = [("block", "home", "bytes", "why")]
-        rows += [(name, _spelled(home), format_bytes(size), why) for name, home, size, why in self._folded()]
+        rows += [(name, spelled(home), format_bytes(size), why) for name, home, size, why in self._folded()]
         return "\n".join(aligned(rows, right=(2,)))
 
     def __str__(self) -> str:
@@ -147,9 +147,11 @@ class Placement:
             budget = "no limit" if room.budget is None else format_bytes(room.budget)
             peak = "-" if room.home == DISK else format_bytes(room.peak)
             weights, reserved = format_bytes(room.weights), format_bytes(room.reserved)
-            rows.append((_spelled(room.home), budget, weights, reserved, free, peak))
+            rows.append((spelled(room.home), budget, weights, reserved, free, peak))
         lines = [self.explain(), "", *aligned(rows, right=(1, 2, 3, 4, 5)), ""]
-        lines += [f"reserved on {_spelled(room.home)}: {words}" for room in self.rooms if (words := _kept(room))]
+        lines += [
+            f"reserved on {spelled(room.home)}: {words}" for room in self.rooms if (words := _kept(room))
+        ]
         lines.append(f"to read: {format_bytes(self.bytes_to_read)}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
@@ -186,12 +188,16 @@ def runs(blocks: Sequence[PlacedBlock]) -> list[list[PlacedBlock]]:
     found: list[list[PlacedBlock]] = []
     for block in blocks:
         last = found[-1][-1] if found else None
-        if last is not None and last.home == block.home and last.reason == block.reason:
-            if len(fold_keys([last.name, block.name])) == 1 and not last.tied and not block.tied:
-                found[-1].append(block)
-                continue
-        found.append([block])
+        if last is not None and _alike(last, block):
+            found[-1].append(block)
+        else:
+            found.append([block])
     return found
+
+
+def _alike(one: PlacedBlock, other: PlacedBlock) -> bool:
+    same = one.home == other.home and one.reason == other.reason
+    return same and not (one.tied or other.tied) and len(fold_keys([one.name, other.name])) == 1
 
 
 def folded_name(run: Sequence[PlacedBlock]) -> str:
@@ -224,10 +230,6 @@ def aligned(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> list
 
 def _slower(main: Home) -> tuple[Home, ...]:
     return (DISK,) if main == CPU else (CPU, DISK)
-
-
-def _spelled(home: Home) -> str:
-    return f"GPU {home}" if isinstance(home, int) else home
 
 
 def _kept(room: Room) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from pretrained.core.budgets import CPU, DISK, Budgets, Home, accelerators_of, in_order
+from pretrained.core.budgets import CPU, DISK, Budgets, Home, accelerators_of, in_order, spelled
 from pretrained.core.fill import fill_in_order, running_totals, spare_first, spread
 from pretrained.core.homes import PlacedBlock, Placement, Room
 from pretrained.core.report import format_bytes
@@ -50,9 +50,10 @@ def plan_placement(
 
     Args:
         skeleton: What the model promises, with its blocks marked.
-        sizes: Bytes of each weight by key, after dtype and quantization (`pretrained.core.units.weight_sizes`).
-        budgets: Device -> bytes, None for no limit (`pretrained.core.budgets.parse_budgets`); other devices are
-            not used.
+        sizes: Bytes of each weight by key, after dtype and quantization
+            (`pretrained.core.units.weight_sizes`).
+        budgets: Device -> bytes, None for no limit (`pretrained.core.budgets.parse_budgets`); other devices
+            are not used.
         strategy: ``"auto"`` and ``"balanced"`` give the accelerators even shares, ``"balanced_low_0"`` keeps
             the first nearly free, ``"sequential"`` fills them in order. Where a model is larger than all of
             them together, each is filled.
@@ -182,7 +183,7 @@ class _Task:
         if strategy == "sequential":
             if home == self.fast[0]:
                 return "filled first"
-            return f"what came before left no room on {_spelled(self.fast[self.fast.index(home) - 1])}"
+            return f"what came before left no room on {spelled(self.fast[self.fast.index(home) - 1])}"
         load = sum(size for size, other in zip(self.loads, homes, strict=True) if other == home)
         if strategy == "balanced_low_0" and home == self.fast[0]:
             return f"the others are full; {format_bytes(load)} left over"
@@ -211,7 +212,9 @@ class _Task:
         for home, start, end in self._runs(ends):
             for index in range(start, end):
                 homes[index] = home
-                reasons[index] = f"filled {'first' if home == self.fast[0] else 'in order'}; the model is larger"
+                reasons[index] = (
+                    f"filled {'first' if home == self.fast[0] else 'in order'}; the model is larger"
+                )
         self._fill_gaps(homes, reasons, main)
         self._fill_slow(homes, reasons, main)
         placed = [home for home in homes if home is not None]
@@ -247,15 +250,15 @@ class _Task:
                     need = unit.nbytes + (0 if home == main else unit.cache_bytes)
                     if need <= left[home]:
                         homes[index], changed = home, True
-                        reasons[index] = f"small enough for what is left on {_spelled(home)}"
+                        reasons[index] = f"small enough for what is left on {spelled(home)}"
                         left[home] -= need
                         left[main] += 0 if home == main else unit.cache_bytes
                         break
 
     def _fill_slow(self, homes: list[Home | None], reasons: list[str], main: Home) -> None:
-        """Give what is left to main memory and disk, in order; smaller ones later fill what larger ones left."""
+        """Give what is left to main memory and disk, in order; small ones later fill the gaps."""
         left = {home: self.budgets[home] for home in self.slow}
-        where = " and ".join(map(_spelled, self.fast))
+        where = " and ".join(map(spelled, self.fast))
         for index, unit in enumerate(self.units):
             if homes[index] is not None:
                 continue
@@ -264,7 +267,7 @@ class _Task:
                 if room is None or unit.nbytes <= room:
                     homes[index] = home
                     full = where if home == self.slow[0] else f"{where} and {CPU}"
-                    reasons[index] = f"{full} full; runs on {_spelled(main)}"
+                    reasons[index] = f"{full} full; runs on {spelled(main)}"
                     left[home] = None if room is None else room - unit.nbytes
                     break
             else:
@@ -286,9 +289,7 @@ class _Task:
         return (1 << 62 if budget is None else budget) - self.activations
 
     def _runs(self, ends: Sequence[int]) -> list[tuple[Home, int, int]]:
-        return [
-            (home, start, end) for home, start, end in zip(self.fast, [0, *ends[:-1]], ends, strict=True)
-        ]
+        return [(home, start, end) for home, start, end in zip(self.fast, [0, *ends[:-1]], ends, strict=True)]
 
     # -- what cannot be --------------------------------------------------------------------------
 
@@ -303,11 +304,11 @@ class _Task:
         raise PlacementError(
             f"No device that computes can hold the largest block, {largest.name}",
             where="max_memory",
-            expected=f"{format_bytes(need)} or more on {' or '.join(map(_spelled, self.fast))}",
+            expected=f"{format_bytes(need)} or more on {' or '.join(map(spelled, self.fast))}",
             found=_listed({home: self.budgets.get(home, 0) for home in self.fast}),
-            mend=f"{largest.name} takes {format_bytes(largest.nbytes)}{beside} and has to be there whole when it "
-            f"runs: raise the budget of {_spelled(most)}, load in a smaller dtype or quantized, or leave the "
-            "small devices out of max_memory.",
+            mend=f"{largest.name} takes {format_bytes(largest.nbytes)}{beside} and has to be there whole when "
+            f"it runs: raise the budget of {spelled(most)}, load in a smaller dtype or quantized, or leave "
+            "the small devices out of max_memory.",
         )
 
     def _no_room_for_cache(self) -> PlacementError:
@@ -315,8 +316,8 @@ class _Task:
         return PlacementError(
             "The key-value cache leaves no room for the blocks that use it",
             where="max_memory",
-            expected=f"room for {format_bytes(cache)} of cache, {format_bytes(self.activations)} of activations "
-            f"and {format_bytes(self.largest_from[0])}, the largest block",
+            expected=f"room for {format_bytes(cache)} of cache, {format_bytes(self.activations)} of "
+            f"activations and {format_bytes(self.largest_from[0])}, the largest block",
             found=_listed({home: self.budgets.get(home, 0) for home in self.fast}),
             mend="Plan for a smaller batch or context, or raise the budgets.",
         )
@@ -333,13 +334,9 @@ class _Task:
         )
 
 
-def _spelled(home: Home) -> str:
-    return f"GPU {home}" if isinstance(home, int) else home
-
-
 def _listed(budgets: Mapping[Home, int | None]) -> str:
     parts = (
-        f"{_spelled(home)}: {'no limit' if size is None else format_bytes(size)}"
+        f"{spelled(home)}: {'no limit' if size is None else format_bytes(size)}"
         for home, size in budgets.items()
     )
     return ", ".join(parts) or "no budget"
