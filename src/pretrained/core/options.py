@@ -28,9 +28,6 @@ _RETIRED = {
 
 # Known to the ecosystem, built in a later release: name -> (value that asks for nothing, release).
 _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
-    "max_memory": ((None,), "the release of placement over several devices"),
-    "offload_folder": ((None,), "the release of placement over several devices"),
-    "offload_buffers": ((None, False), "the release of placement over several devices"),
     "quantization_config": ((None,), "the release of quantized loading"),
     "load_in_8bit": ((None, False), "the release of quantized loading"),
     "load_in_4bit": ((None, False), "the release of quantized loading"),
@@ -62,6 +59,9 @@ class LoadOptions:
         config: Config object, or where to read one; None to read it beside the weights.
         dtype: Dtype in any spelling, ``"auto"``, or None for the library's default (float32).
         device_map: Where the weights go.
+        max_memory: Device -> bytes or text such as "10GiB"; for the maps that are planned.
+        offload_folder: Where weights on disk go that cannot stay as they lie in the checkpoint.
+        offload_buffers: Let buffers follow the map onto the CPU and disk too.
         variant: Infix of the weights' file names.
         use_safetensors: None prefers safetensors, True requires it, False skips it.
         weights_only: Always true: pickles are never executed.
@@ -81,6 +81,9 @@ class LoadOptions:
     config: Any = None
     dtype: Any = None
     device_map: Any = None
+    max_memory: Mapping[Any, Any] | None = None
+    offload_folder: Any = None
+    offload_buffers: bool = False
     variant: str | None = None
     use_safetensors: bool | None = None
     weights_only: bool = True
@@ -126,6 +129,12 @@ class LoadOptions:
                 "weights_only=False would execute the code in a pickle, which this library never does",
                 where="weights_only",
                 mend="Leave it out; to keep a file that needs it, convert it to safetensors where you trust it.",
+            )
+        if self.max_memory is not None and self.device_map is None:
+            raise ArgumentError(
+                "max_memory says how much each device may give, and no device_map asks for a plan",
+                where="max_memory",
+                mend="Pass device_map='auto' too.",
             )
         if isinstance(self.dtype, Mapping):
             raise ArgumentError(

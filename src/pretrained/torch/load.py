@@ -11,7 +11,7 @@ import copy
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from pretrained.arch.gguf import gguf_architecture, gguf_config, gguf_key_map
+from pretrained.core.budgets import DISK
 from pretrained.core.checkpoint import Checkpoint, TensorInfo
 from pretrained.core.config import PreTrainedConfig, read_json_object
 from pretrained.core.dtypes import floating_dtype_name
@@ -38,8 +39,11 @@ from pretrained.errors import (
     PlacementError,
     UnknownArgumentError,
 )
+from pretrained.torch.dispatch import Homes, attach, home_of
 from pretrained.torch.empty import no_memory
 from pretrained.torch.initialise import initialise_missing
+from pretrained.torch.offload import DiskWeights
+from pretrained.torch.place import blocks_of, is_one_device, on_disk, place, placed_reader, sizes_of
 from pretrained.torch.tensors import TORCH_DTYPES, Read, dtype_name_of, mapped_reader, state_dict_reader
 from pretrained.torch.ties import settle_ties
 
@@ -62,7 +66,7 @@ def from_pretrained(cls: type[Model], path: str | Path | None, *model_args: Any,
     """
     started = time.perf_counter()
     options = LoadOptions.take(kwargs)
-    device = _single_device(options.device_map)
+    device = _single_device(options.device_map) if is_one_device(options.device_map) else None
     check_dtype(options.dtype)
     source = _source(path, options)
     checkpoint = _open(source, options)
@@ -72,19 +76,23 @@ def from_pretrained(cls: type[Model], path: str | Path | None, *model_args: Any,
     model.name_or_path = "" if path is None else str(path)
     if checkpoint.format != "gguf":
         settle_ties(model, checkpoint, key_mapping=options.key_mapping, state_dict=options.state_dict)
+    skeleton = skeleton_of(model)
     plan = plan_load(
         checkpoint,
-        skeleton_of(model),
+        skeleton,
         policy_of(model, options, dtype),
         layouts=_layouts(checkpoint),
         source=path,
     )
     read = state_dict_reader(options.state_dict) if options.state_dict is not None else None
-    execute(model, plan, device, read or mapped_reader(copy_all=options.disable_mmap), options.progress)
+    if device is not None:
+        execute(model, plan, device, read or mapped_reader(copy_all=options.disable_mmap), options.progress)
+    else:
+        plan = execute_placed(model, plan, skeleton, read, options, dtype)
     config.dtype = dtype_name_of(model.dtype)
     model.generation_config = _generation_config(model, source, options)
     model.eval()
-    if options.device_map is not None:
+    if options.device_map is not None and device is not None:
         model.hf_device_map = {"": _map_entry(device)}
     report = LoadReport(
         model=cls.__name__,
@@ -160,17 +168,18 @@ def skeleton_of(module: nn.Module) -> Skeleton:
         module: Any module, with or without memory.
     """
     params: dict[str, ParamSpec] = {}
+    derived: dict[str, ParamSpec] = {}
     for prefix, part in module.named_modules(remove_duplicate=False):
         for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
             key = f"{prefix}.{name}" if prefix else name
             params[key] = ParamSpec(key, tuple(parameter.shape))
         for name, buffer in part.named_buffers(recurse=False, remove_duplicate=False):
-            if name not in part._non_persistent_buffers_set:
-                key = f"{prefix}.{name}" if prefix else name
-                params[key] = ParamSpec(key, tuple(buffer.shape), is_buffer=True)
+            key = f"{prefix}.{name}" if prefix else name
+            held = derived if name in part._non_persistent_buffers_set else params
+            held[key] = ParamSpec(key, tuple(buffer.shape), is_buffer=True)
     declared = getattr(module, "ties", None)
     ties = declared() if callable(declared) else {}
-    return Skeleton(params, {alias: owner for alias, owner in ties.items() if alias in params})
+    return Skeleton(params, {alias: owner for alias, owner in ties.items() if alias in params}, derived)
 
 
 def policy_of(model: Any, options: LoadOptions, dtype: str | None) -> LoadPolicy:
@@ -199,7 +208,7 @@ def policy_of(model: Any, options: LoadOptions, dtype: str | None) -> LoadPolicy
 def execute(
     model: Any,
     plan: LoadPlan,
-    device: torch.device,
+    device: torch.device | Homes,
     read: Read,
     progress: Any = None,
     *,
@@ -210,20 +219,26 @@ def execute(
     Args:
         model: Built by `build_empty`; changed in place.
         plan: What to do.
-        device: Where the weights go.
+        device: Where the weights go: one device, or homes.
         read: Reads one tensor.
         progress: As `LoadOptions.progress`.
         dtype: Dtype of weights that are initialised; None for the one most loaded weights have.
     """
+    homes = device if isinstance(device, Homes) else Homes({"": home_of(device)}, device)
+    buffers = buffers_of(model)
     done = 0
+
+    def read_home(step: LoadStep) -> torch.Tensor:
+        return read(step, homes.resting(step.key, is_buffer=step.key in buffers))
+
     with reporting(progress, plan.nbytes_to_read, "loading") as report:
-        for step, tensor in _read_all(plan, read, device):
+        for step, tensor in _read_all(plan, read_home):
             assign(model, step.key, tensor)
             done += step.source.nbytes
             report(done, plan.nbytes_to_read, "loading")
     new = [key for key in plan.initialise if key not in plan.ties]
-    _allocate(model, new, device, TORCH_DTYPES[dtype or _usual_dtype(plan)])
-    _fill_derived_buffers(model, device)
+    _allocate(model, new, homes, TORCH_DTYPES[dtype or _usual_dtype(plan)])
+    _fill_derived_buffers(model, homes)
     model.tie_weights()
     initialise_missing(model, new)
     _audit(model, new)
@@ -231,14 +246,65 @@ def execute(
         module._initialised = True
 
 
-def _read_all(plan: LoadPlan, read: Read, device: torch.device) -> Iterator[tuple[LoadStep, torch.Tensor]]:
+def execute_placed(
+    model: Any, plan: LoadPlan, skeleton: Skeleton, read: Read | None, options: LoadOptions, dtype: str | None
+) -> LoadPlan:
+    """Carry a plan out over several homes and make the model run from them.
+
+    Args:
+        model: Built by `build_empty`; changed in place.
+        plan: What to do.
+        skeleton: What the model promises.
+        read: Reads weights that are in no file; None for weights in files.
+        options: The call's device map, budgets and offload folder.
+        dtype: Name of the dtype that weights are loaded as.
+
+    Returns:
+        The plan as carried out, with the converted copies as sources.
+    """
+    homes = place(
+        options.device_map,
+        skeleton,
+        sizes_of(skeleton, plan, dtype or _usual_dtype(plan)),
+        blocks=blocks_of(model, model._no_split_modules),
+        modules=[path for path, _ in model.named_modules()],
+        max_memory=options.max_memory,
+        offload_buffers=options.offload_buffers,
+    )
+    if options.disable_mmap and DISK in homes.device_map.values():
+        raise ArgumentError(
+            "Weights placed on disk are used from the map of their file",
+            where="disable_mmap, device_map",
+            mend="Leave disable_mmap out, or place everything on devices and 'cpu'.",
+        )
+    buffers, store = buffers_of(model), DiskWeights()
+    plan = on_disk(plan, homes, buffers, store, read, options.offload_folder)
+    reader = placed_reader(read or mapped_reader(copy_all=options.disable_mmap), homes, buffers, store)
+    execute(model, plan, homes, reader, options.progress)
+    attach(model, homes, store, skip_keys=getattr(model, "_skip_keys_device_placement", None) or ())
+    model.hf_device_map = dict(homes.device_map)
+    return plan
+
+
+def buffers_of(model: nn.Module) -> frozenset[str]:
+    """Return the keys of a module's buffers.
+
+    Args:
+        model: Any module.
+    """
+    return frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
+
+
+def _read_all(
+    plan: LoadPlan, read: Callable[[LoadStep], torch.Tensor]
+) -> Iterator[tuple[LoadStep, torch.Tensor]]:
     """Read every step, in file order; those that compute something side by side."""
     if all(step.is_view for step in plan.steps):
         for step in plan.steps:
-            yield step, read(step, device)
+            yield step, read(step)
         return
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        yield from zip(plan.steps, pool.map(lambda step: read(step, device), plan.steps), strict=True)
+        yield from zip(plan.steps, pool.map(read, plan.steps), strict=True)
 
 
 def assign(model: nn.Module, key: str, tensor: torch.Tensor) -> None:
@@ -407,7 +473,7 @@ def _generation_config(model: Any, source: Source | None, options: LoadOptions) 
 
 
 def _single_device(device_map: Any) -> torch.device:
-    """Return the one device that a map names; several come with the release of placement."""
+    """Return the one device that a map names."""
     if device_map is None:
         device = torch.get_default_device()
         if device.type == "meta":
@@ -418,18 +484,7 @@ def _single_device(device_map: Any) -> torch.device:
             )
         return device
     if isinstance(device_map, Mapping):
-        homes = set(map(str, device_map.values()))
-        if set(device_map) != {""} and len(homes) != 1:
-            raise _placement_later(device_map)
-        device_map = next(iter(device_map.values()))
-    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        if torch.cuda.device_count() == 1 and device_map == "auto":
-            return torch.device("cuda:0")
-        raise _placement_later(device_map)
-    if device_map == "disk":
-        raise _placement_later(device_map)
+        device_map = device_map[""]
     if isinstance(device_map, bool) or (isinstance(device_map, int) and device_map < 0):
         raise PlacementError("A device index is a number from 0 on", where="device_map", found=device_map)
     return _device(device_map)
@@ -455,14 +510,6 @@ def _device(name: Any) -> torch.device:
     return device
 
 
-def _placement_later(device_map: Any) -> NotYetError:
-    return NotYetError(
-        f"device_map={device_map!r} places a model over several devices, which is not offered yet",
-        where="device_map",
-        mend="It comes with the release of placement; pass one device, such as 'cpu' or 'cuda:0'.",
-    )
-
-
 def _map_entry(device: torch.device) -> int | str:
     return device.index or 0 if device.type == "cuda" else str(device)
 
@@ -478,24 +525,26 @@ def _usual_dtype(plan: LoadPlan) -> str:
     return max(floating, key=lambda name: floating[name], default=DEFAULT_DTYPE)
 
 
-def _allocate(model: nn.Module, keys: Iterable[str], device: torch.device, dtype: torch.dtype) -> None:
+def _allocate(model: nn.Module, keys: Iterable[str], homes: Homes, dtype: torch.dtype) -> None:
     """Give weights that are to be initialised memory, with a first element that shows if none does it."""
     for key in keys:
         path, _, name = key.rpartition(".")
         module = model.get_submodule(path)
         old = module._parameters.get(name, module._buffers.get(name))
         assert old is not None
+        device = homes.resting(key, is_buffer=name in module._buffers)
         tensor = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype, device=device)
         if tensor.numel() and tensor.is_floating_point():
             tensor.view(-1)[0] = float("nan")
         assign(model, key, tensor)
 
 
-def _fill_derived_buffers(model: nn.Module, device: torch.device) -> None:
-    for module in model.modules():
+def _fill_derived_buffers(model: nn.Module, homes: Homes) -> None:
+    for path, module in model.named_modules():
         derive = getattr(module, "init_buffers", None)
         if callable(derive):
-            derive(device)
+            name = next(iter(module._buffers), "")
+            derive(homes.resting(f"{path}.{name}" if path else name, is_buffer=True))
 
 
 def _audit(model: nn.Module, initialised: Iterable[str]) -> None:
