@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Final
 
 import torch
@@ -156,7 +157,7 @@ def attach(
     dispatch = Dispatch(homes, store)
     ahead = ReadAhead()
     parts = _parts(model, homes, store, ahead, frozenset((*WHOLE, *whole)))
-    for part, following in zip(parts, [*parts[1:], None], strict=True):
+    for part, following in pairwise(parts):
         part.successor = following
     skip = frozenset([skip_keys] if isinstance(skip_keys, str) else skip_keys)
     if len(homes.devices) > 1 or (homes.main.type != "cpu" and (parts or force)):
@@ -186,6 +187,7 @@ def remove_hooks(model: nn.Module) -> None:
     Args:
         model: Any module.
     """
+    model.__dict__.pop("_disk_weights", None)
     dispatch = model.__dict__.get("_dispatch")
     if dispatch is None:
         return
