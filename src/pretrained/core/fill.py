@@ -41,7 +41,7 @@ def fill_in_order(totals: Totals, rooms: Sequence[int]) -> list[int]:
 
 
 def least_ceiling(totals: Totals, rooms: Sequence[int]) -> int | None:
-    """Return the least load that the fullest device can have with all units placed, or None if they do not fit.
+    """Return the least load that the fullest device can have with all units placed, None if they do not fit.
 
     Args:
         totals: Of the loads.

@@ -285,7 +285,7 @@ class _Task:
 
     def _room(self, home: Home) -> int:
         """Return what weights and cache may take of a device; a huge number where nothing limits it."""
-        budget = self.budgets.get(home, 0)
+        budget = self.budgets.get(home, -1)
         return (1 << 62 if budget is None else budget) - self.activations
 
     def _runs(self, ends: Sequence[int]) -> list[tuple[Home, int, int]]:
@@ -306,9 +306,9 @@ class _Task:
             where="max_memory",
             expected=f"{format_bytes(need)} or more on {' or '.join(map(spelled, self.fast))}",
             found=_listed({home: self.budgets.get(home, 0) for home in self.fast}),
-            mend=f"{largest.name} takes {format_bytes(largest.nbytes)}{beside} and has to be there whole when "
-            f"it runs: raise the budget of {spelled(most)}, load in a smaller dtype or quantized, or leave "
-            "the small devices out of max_memory.",
+            mend=f"{largest.name} takes {format_bytes(largest.nbytes)}{beside} and has to be there whole "
+            f"when it runs: raise the budget of {spelled(most)}, load in a smaller dtype or quantized, or "
+            "leave the small devices out of max_memory.",
         )
 
     def _no_room_for_cache(self) -> PlacementError:

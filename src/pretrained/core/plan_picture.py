@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from pretrained.core.budgets import DISK, Home, spelled
+from pretrained.core.budgets import DISK, spelled
 from pretrained.core.homes import PlacedBlock, Placement, Room, runs
 from pretrained.core.report import fold_keys, format_bytes
 
