@@ -9,6 +9,7 @@ that other implementation, so third parties use the battery with theirs.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -399,6 +400,16 @@ def _assert_same_state(first: Any, second: Any) -> None:
         assert torch.equal(tensor, theirs[key]), key
     for (name, one), (_, other) in zip(first.named_buffers(), second.named_buffers(), strict=True):
         assert torch.equal(one, other), name
+
+
+def check_pickle(case: Case) -> None:
+    """A pickled model, as `torch.save` and worker processes make it, comes back whole."""
+    model = case.build()
+    again = pickle.loads(pickle.dumps(model))
+    _assert_same_state(model, again)
+    inputs = case.inputs(model.config)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs)[0], again(**inputs)[0])
 
 
 def check_compiled(case: Case) -> None:

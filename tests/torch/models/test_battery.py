@@ -54,6 +54,11 @@ def test_save_and_load_lose_nothing(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", **ids)
+def test_pickled_models_come_back(case):
+    battery.check_pickle(case)
+
+
+@pytest.mark.parametrize("case", **ids)
 def test_forward_is_one_graph(case):
     battery.check_compiled(case)
 
