@@ -119,11 +119,15 @@ def from_config(
     check_dtype(dtype)
     wanted = config.dtype if dtype in (None, "auto") else floating_dtype_name(str(dtype))
     model = build_empty(cls, config, *model_args, **kwargs)
+    device = torch.get_default_device()
+    if device.type == "meta":
+        config.dtype = wanted or DEFAULT_DTYPE
+        return model.to(TORCH_DTYPES[config.dtype]).train()
     skeleton = skeleton_of(model)
     # Every weight is missing from a checkpoint that does not exist: the same plan, the same executor.
     policy = policy_of(model, LoadOptions(allow_missing=True), wanted or DEFAULT_DTYPE)
     plan = plan_load(Checkpoint({}, (), "none"), skeleton, policy)
-    execute(model, plan, torch.get_default_device(), state_dict_reader({}), False, dtype=wanted)
+    execute(model, plan, device, state_dict_reader({}), False, dtype=wanted)
     config.dtype = dtype_name_of(model.dtype)
     return model.train()
 

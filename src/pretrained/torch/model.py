@@ -57,14 +57,7 @@ class PreTrainedModel(nn.Module, EmbeddingAccessMixin, ModuleUtilsMixin, PushToH
 
     def __init__(self, config: PreTrainedConfig, *inputs: Any, **kwargs: Any) -> None:
         super().__init__()
-        if not isinstance(config, PreTrainedConfig):
-            raise ArgumentError(
-                f"{type(self).__name__} is built from a config object",
-                where="config",
-                expected="a PreTrainedConfig",
-                found=type(config).__name__,
-                mend=f"To load a model by name or path use {type(self).__name__}.from_pretrained(...).",
-            )
+        _check_config(type(self), config)
         check_attn_implementation(config.attn_implementation)
         self.config = config
         self.name_or_path = config.name_or_path
@@ -73,7 +66,9 @@ class PreTrainedModel(nn.Module, EmbeddingAccessMixin, ModuleUtilsMixin, PushToH
 
     def post_init(self) -> None:
         """Initialise what is not yet initialised and tie what is tied; the end of every ``__init__``."""
-        if not any(parameter.is_meta for parameter in self.parameters()):
+        if any(parameter.is_meta for parameter in self.parameters()):
+            self.tie_weights()
+        else:
             self.init_weights()
 
     # -- facts ---------------------------------------------------------------------------------
@@ -185,7 +180,11 @@ class PreTrainedModel(nn.Module, EmbeddingAccessMixin, ModuleUtilsMixin, PushToH
             config: Its configuration; copied.
             **kwargs: `dtype` (None for the config's own), `attn_implementation`; the rest goes to the
                 constructor.
+
+        Raises:
+            ArgumentError: `config` is not a config object, or the dtype cannot be meant.
         """
+        _check_config(cls, config)
         refuse(kwargs)
         return load.from_config(cls, config, **kwargs)
 
@@ -221,3 +220,14 @@ class PreTrainedModel(nn.Module, EmbeddingAccessMixin, ModuleUtilsMixin, PushToH
         """
         check_attn_implementation(attn_implementation)
         self.config.update({"attn_implementation": attn_implementation})
+
+
+def _check_config(cls: type, config: Any) -> None:
+    if not isinstance(config, PreTrainedConfig):
+        raise ArgumentError(
+            f"{cls.__name__} is built from a config object",
+            where="config",
+            expected="a PreTrainedConfig",
+            found=type(config).__name__,
+            mend=f"To load a model by name or path use {cls.__name__}.from_pretrained(...).",
+        )
