@@ -113,6 +113,9 @@ class RopeConfig(PreTrainedConfig):
                     found=repr(value)[:200],
                     mend=f"Correct {name!r} in config.json or in the call.",
                 )
+        if scaling is not None:
+            # Private, so never written: only how to spell the kind again, as files have one name or both.
+            object.__setattr__(self, "_two_names_for_kind", {"type", "rope_type"} <= scaling.keys())
         parameters = _renamed({**(parameters or {}), **(scaling or {})})
         if theta is not None:
             parameters["rope_theta"] = theta
@@ -133,7 +136,7 @@ class RopeConfig(PreTrainedConfig):
             return values
         parameters = dict(values.pop("rope_parameters") or {})
         values["rope_theta"] = parameters.pop("rope_theta", self.default_rope_theta)
-        if "type" in parameters:
+        if "type" in parameters and not getattr(self, "_two_names_for_kind", False):
             parameters.pop("rope_type", None)
         plain = parameters.get("rope_type", parameters.get("type")) in (None, "default")
         if not plain or "rope_scaling" in given:
