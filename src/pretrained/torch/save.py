@@ -29,8 +29,10 @@ class _TensorSource:
 
     def read(self) -> memoryview:
         tensor = self.tensor.detach().cpu().contiguous()
+        if not tensor.numel():
+            return memoryview(b"")
         # A buffer of plain bytes: numpy has no name for every dtype of torch.
-        return memoryview(tensor.view(-1).view(torch.uint8).numpy().data) if tensor.numel() else memoryview(b"")
+        return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
 def save_pretrained(
