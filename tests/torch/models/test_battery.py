@@ -23,6 +23,11 @@ def test_bfloat16_outputs_are_as_near_as_the_oracles(case):
 
 
 @pytest.mark.parametrize("case", **ids)
+def test_every_part_equals_the_oracles(case):
+    battery.check_submodules(case, transformers_twin)
+
+
+@pytest.mark.parametrize("case", **ids)
 def test_attentions_equal_the_oracles(case):
     battery.check_attentions(case, transformers_twin)
 
