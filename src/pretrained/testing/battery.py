@@ -299,7 +299,7 @@ def check_submodules(case: Case, oracle: Oracle) -> None:
             assert_close(tensor, theirs[name], f"{case}: {name}")
             compared += name in leaves
     # Some leaves have no twin: activations are functions here, tables of positions have other shapes.
-    assert compared >= len(leaves & set(ours)) // 2, (
+    assert compared >= 0.8 * len(leaves & set(ours)), (
         f"{case}: only {compared} of {len(leaves)} leaves have twins"
     )
 
@@ -361,7 +361,7 @@ def check_loss_and_gradients(case: Case, oracle: Oracle) -> None:
 
 
 def check_tuple(case: Case) -> None:
-    """``return_dict=False`` gives the same values as a plain tuple, those that the object has and in its order."""
+    """``return_dict=False`` gives the values that the object has, in its order, as a plain tuple."""
     model = case.build()
     inputs = case.inputs(model.config)
     with torch.no_grad():
@@ -421,19 +421,15 @@ def check_cache(case: Case, *, static: bool) -> None:
         cache = StaticCache(model.config, LENGTH + 3) if static else DynamicCache(config=model.config)
         # Positions as given: some families count them from the ids they see, which a piece lacks.
         positions = torch.arange(LENGTH)[None]
+        parts = []
         with torch.no_grad():
-            whole = model(ids, mask, position_ids=positions, use_cache=False, **inputs)[0]
-            parts = []
+            whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False, **inputs)[0]
             for start, stop in ((0, 5), (5, 6), (6, 9), *((i, i + 1) for i in range(9, LENGTH))):
-                more = {"cache_position": torch.arange(start, stop)} if static else {}
-                seen = None if mask is None else mask[:, :stop]
-                at = positions[:, start:stop]
-                piece = ids[:, start:stop]
-                parts.append(
-                    model(
-                        piece, seen, position_ids=at, past_key_values=cache, use_cache=True, **inputs, **more
-                    )[0]
-                )
+                more: dict[str, Any] = {"attention_mask": None if mask is None else mask[:, :stop]}
+                if static:
+                    more["cache_position"] = torch.arange(start, stop)
+                more |= {"past_key_values": cache, "position_ids": positions[:, start:stop]}
+                parts.append(model(ids[:, start:stop], use_cache=True, **inputs, **more)[0])
                 if static:
                     cache.advance(stop - start)
         # A head that pools its last token has said nothing comparable before the end.
