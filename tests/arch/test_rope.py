@@ -189,6 +189,8 @@ def test_the_old_attributes_can_be_set():
         ({"head_dim": 7}, r"positive rope_theta and an even head size .*found 10000\.0, 7"),
         ({"rope_scaling": {**LONGROPE, "long_factor": [1.0]}}, r"wrong length.*expected 32.*found 1"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "Only a part of each head"),
+        ({"rope_scaling": SCALINGS["dynamic"], "head_dim": 2}, r"heads of 4 channels .*found 2"),
+        ({"rope_scaling": {**LONGROPE, "original_max_position_embeddings": 1}}, "original length above 1"),
         ({"max_position_embeddings": 0}, "max_position_embeddings"),
     ],
 )

@@ -287,6 +287,8 @@ def _linear(parameters: dict[str, Any], inv_freq: np.ndarray, _: int, __: int) -
 
 def _dynamic(parameters: dict[str, Any], inv_freq: np.ndarray, _: int, maximum: int) -> RopeTable:
     """Dynamic NTK-aware scaling, Peng et al. 2023, https://arxiv.org/abs/2309.00071, appendix B.2."""
+    if len(inv_freq) < 2:
+        raise ConfigError("Dynamic scaling needs heads of 4 channels or more", where="head_dim", found=2)
     dynamic = (float(parameters.get("rope_theta", 10000.0)), float(parameters["factor"]), maximum)
     return RopeTable(_rounded(inv_freq), dynamic=dynamic)
 
@@ -338,6 +340,12 @@ def _longrope(parameters: dict[str, Any], inv_freq: np.ndarray, original: int, m
     """LongRoPE, Ding et al. 2024, https://arxiv.org/abs/2402.13753."""
     factor = parameters.get("factor") or maximum / original
     scaling = parameters.get("attention_factor")
+    if scaling is None and factor > 1 and original < 2:
+        raise ConfigError(
+            "LongRoPE needs an original length above 1",
+            where="rope_parameters.original_max_position_embeddings",
+            found=original,
+        )
     if scaling is None:
         scaling = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     tables = {}
