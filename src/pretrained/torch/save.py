@@ -14,13 +14,19 @@ import torch
 from pretrained.core.atomic_files import errors_with_mend
 from pretrained.core.weights_names import candidates
 from pretrained.core.writer import plan_shards, write_checkpoint
-from pretrained.errors import ArgumentError, FileError, UnknownArgumentError, did_you_mean
+from pretrained.errors import ArgumentError, FileError, NotYetError, UnknownArgumentError, did_you_mean
 from pretrained.torch.tensors import dtype_name_of
 from pretrained.torch.ties import head_tie
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SHARD_SIZE = "5GB"
+
+# Known to the ecosystem and not offered yet: name -> (values that ask for nothing, when to expect it).
+_LATER: dict[str, tuple[tuple[Any, ...], str]] = {
+    "save_peft_format": ((None, True), "It comes with the release of adapters."),
+    "distributed_checkpoint": ((None, False), "It comes with the release for several machines."),
+}
 
 SaveFunction = Callable[[dict[str, torch.Tensor], str], Any]
 
@@ -85,6 +91,7 @@ def save_pretrained(
     Raises:
         ArgumentError: an argument that cannot work, the folder is a file, or a weight has no values.
         UnknownArgumentError: an argument that nothing takes.
+        NotYetError: an argument of a later release.
         FileError: the folder cannot be written, or the disk is full, and an earlier checkpoint stays whole;
             or pickles are to go where safetensors files, which loads prefer, already are.
         ConfigError: the config cannot be written as JSON; the weights are.
@@ -162,7 +169,10 @@ def _same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
     )
 
 
-def _check_arguments(model: Any, kwargs: Mapping[str, Any], *, push_to_hub: bool) -> None:
+def _check_arguments(model: Any, kwargs: dict[str, Any], *, push_to_hub: bool) -> None:
+    for name, (idle, release) in _LATER.items():
+        if kwargs.pop(name, None) not in idle:
+            raise NotYetError(f"save_pretrained does not offer {name} yet", where=name, mend=release)
     known = [*inspect.signature(save_pretrained).parameters][2:-1]
     takes = ["repo_id", *inspect.signature(model.push_to_hub).parameters] if push_to_hub else []
     for name in kwargs:
