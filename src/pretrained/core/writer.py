@@ -140,7 +140,7 @@ def plan_shards(
         ArgumentError: the size cannot be understood, or the variant cannot be part of a name.
     """
     limit = parse_size(max_shard_size)
-    if variant is not None and (not variant or not re.fullmatch(r"[\w.-]+", variant)):
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w.-]+", variant)):
         raise ArgumentError(
             "The variant cannot be part of a file name",
             where="variant",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,12 @@ def save_pretrained(
         ConfigError: the config cannot be written as JSON; the weights are.
     """
     _check_arguments(model, kwargs, push_to_hub=push_to_hub)
-    folder = Path(save_directory)
-    if folder.is_file():
+    folder = _folder(save_directory)
+    if save_function is not None and not callable(save_function):
         raise ArgumentError(
-            "A model is saved into a folder", where=folder, found="a file", mend="Name a folder."
+            "save_function is not a function of (tensors by name, path)",
+            where="save_function",
+            found=repr(save_function)[:200],
         )
     if not is_main_process:
         return
@@ -158,6 +161,19 @@ def weights_to_write(
         weights.pop(pattern, None)
     renamed = getattr(model, "_checkpoint_names", {}) if original_names else {}
     return {renamed.get(key, key): tensor for key, tensor in weights.items()}
+
+
+def _folder(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ArgumentError(
+            "A model is saved into a folder", where="save_directory", expected="its path", found=repr(path)
+        )
+    folder = Path(path)
+    if folder.is_file():
+        raise ArgumentError(
+            "A model is saved into a folder", where=folder, found="a file", mend="Name a folder."
+        )
+    return folder
 
 
 def _same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
