@@ -6,8 +6,7 @@ Shapes: B batch, T new tokens, S keys (cached and new ones, or the encoder's), D
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
