@@ -156,6 +156,10 @@ def build_empty(cls: type[Model], config: PreTrainedConfig, *args: Any, **kwargs
     try:
         with no_memory():
             return cls(config, *args, **kwargs)
+    except ConfigError as error:
+        if config.name_or_path and config.name_or_path not in str(error.where):
+            error.where = f"{error.where}, {config.name_or_path}" if error.where else config.name_or_path
+        raise
     except (RuntimeError, OverflowError) as error:
         if isinstance(error, PretrainedError):
             raise
