@@ -17,7 +17,7 @@ from pretrained.core.config import CONFIG_NAME, PreTrainedConfig, read_json_obje
 from pretrained.core.files import find_weights, open_checkpoint
 from pretrained.core.hub import HubOptions, Source, resolve
 from pretrained.core.options import LoadOptions, refuse
-from pretrained.core.registry import FAMILIES, family, load_name, model_class_name
+from pretrained.core.registry import FAMILIES, family, load_name, model_class_name, model_type_of
 from pretrained.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class AutoConfig:
         source = resolve(pretrained_model_name_or_path, HubOptions.take(kwargs))
         values, file = _read_values(source, kwargs.pop("gguf_file", None))
         values["_name_or_path"] = source.name
-        config_class = cls._class_of(values.get("model_type"), where=file)
+        config_class = cls._class_of(model_type_of(values), where=file)
         return config_class.from_dict(values, **kwargs)
 
     @classmethod

@@ -14,9 +14,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 import transformers
 
-import torch
 from pretrained.arch.gguf import (
     ARCHITECTURES,
     RowUnpermute,

@@ -97,6 +97,18 @@ def test_inspect_lists_tensors(capsys, folder):
     assert "lm_head.weight  [64, 16]  float32" in out
 
 
+def test_a_word_that_is_no_verb(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["rum"])
+    assert "invalid choice: 'rum'" in capsys.readouterr().err
+
+
+def test_options_may_stand_between_model_and_prompt(capsys, folder):
+    code, _, err = run_main(capsys, "run", str(folder), "--max-new-tokens", "1", " ")
+    assert code == 1
+    assert "The prompt is empty" in err
+
+
 def test_run_refuses_an_empty_prompt(capsys, folder):
     code, _, err = run_main(capsys, "run", str(folder), "  ")
     assert code == 1

@@ -56,6 +56,14 @@ def test_architecture_names_every_module():
     assert not left, f"add them to docs/ARCHITECTURE.md: {left}"
 
 
+def test_adding_a_model_names_every_attribute_that_a_class_can_set():
+    source = (SOURCE / "torch" / "model.py").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "ADDING_A_MODEL.md").read_text(encoding="utf-8")
+    attributes = re.findall(r"^    (\w+): ClassVar", source, re.MULTILINE)
+    assert len(attributes) > 5
+    assert not [name for name in attributes if f"`{name}`" not in page]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_lines_are_short(page):
     text = FENCED.sub("", page.read_text(encoding="utf-8"))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
-import torch
 from pretrained.core.files import MAX_INDEX_BYTES, WeightsFiles, find_weights, open_checkpoint, read_index
 from pretrained.core.reader import MappedFiles
 from pretrained.errors import ArgumentError, CheckpointError, FileError

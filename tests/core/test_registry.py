@@ -8,7 +8,14 @@ import inspect
 import pytest
 
 from pretrained.core.config import PreTrainedConfig
-from pretrained.core.registry import AUTO_CLASSES, FAMILIES, family, load_name, model_class_name
+from pretrained.core.registry import (
+    AUTO_CLASSES,
+    FAMILIES,
+    family,
+    load_name,
+    model_class_name,
+    model_type_of,
+)
 from pretrained.errors import ArgumentError, ConfigError, MissingDependencyError
 
 ROWS = [
@@ -124,3 +131,17 @@ def test_missing_framework_names_the_extra(monkeypatch):
 def test_other_missing_modules_are_not_disguised():
     with pytest.raises(ModuleNotFoundError, match="nonexistent_module"):
         load_name("pretrained.nonexistent_module", "X")
+
+
+@pytest.mark.parametrize(
+    ("values", "model_type"),
+    [
+        ({"model_type": "bert", "architectures": ["T5Model"]}, "bert"),
+        ({"architectures": ["UMT5ForConditionalGeneration"]}, "umt5"),
+        ({"architectures": ["SomethingElse"]}, None),
+        ({"architectures": "UMT5Model"}, None),
+        ({}, None),
+    ],
+)
+def test_model_type_is_told_by_the_class_where_a_file_leaves_it_out(values, model_type):
+    assert model_type_of(values) == model_type

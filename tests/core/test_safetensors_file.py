@@ -86,7 +86,7 @@ CASES = {
         (100).to_bytes(8, "little") + b"{}",
         "expected at least 108 bytes, found 10",
     ),
-    "huge header": ((2**62).to_bytes(8, "little") + b"{}", "not a safetensors file"),
+    "huge header": ((2**62).to_bytes(8, "little") + b"{}", "lies about the length of its header"),
     "zip": (b"PK\x03\x04" + bytes(60), "a zip archive, as torch.save writes"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
     "html": (b"<!DOCTYPE html><html><body>404</body></html>", "an HTML or XML page"),

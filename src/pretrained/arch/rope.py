@@ -113,6 +113,9 @@ class RopeConfig(PreTrainedConfig):
                     found=repr(value)[:200],
                     mend=f"Correct {name!r} in config.json or in the call.",
                 )
+        if scaling is not None:
+            # Private, so never written: only how to spell the kind again, as files have one name or both.
+            object.__setattr__(self, "_two_names_for_kind", {"type", "rope_type"} <= scaling.keys())
         parameters = _renamed({**(parameters or {}), **(scaling or {})})
         if theta is not None:
             parameters["rope_theta"] = theta
@@ -133,7 +136,7 @@ class RopeConfig(PreTrainedConfig):
             return values
         parameters = dict(values.pop("rope_parameters") or {})
         values["rope_theta"] = parameters.pop("rope_theta", self.default_rope_theta)
-        if "type" in parameters:
+        if "type" in parameters and not getattr(self, "_two_names_for_kind", False):
             parameters.pop("rope_type", None)
         plain = parameters.get("rope_type", parameters.get("type")) in (None, "default")
         if not plain or "rope_scaling" in given:
@@ -284,6 +287,8 @@ def _linear(parameters: dict[str, Any], inv_freq: np.ndarray, _: int, __: int) -
 
 def _dynamic(parameters: dict[str, Any], inv_freq: np.ndarray, _: int, maximum: int) -> RopeTable:
     """Dynamic NTK-aware scaling, Peng et al. 2023, https://arxiv.org/abs/2309.00071, appendix B.2."""
+    if len(inv_freq) < 2:
+        raise ConfigError("Dynamic scaling needs heads of 4 channels or more", where="head_dim", found=2)
     dynamic = (float(parameters.get("rope_theta", 10000.0)), float(parameters["factor"]), maximum)
     return RopeTable(_rounded(inv_freq), dynamic=dynamic)
 
@@ -335,6 +340,12 @@ def _longrope(parameters: dict[str, Any], inv_freq: np.ndarray, original: int, m
     """LongRoPE, Ding et al. 2024, https://arxiv.org/abs/2402.13753."""
     factor = parameters.get("factor") or maximum / original
     scaling = parameters.get("attention_factor")
+    if scaling is None and factor > 1 and original < 2:
+        raise ConfigError(
+            "LongRoPE needs an original length above 1",
+            where="rope_parameters.original_max_position_embeddings",
+            found=original,
+        )
     if scaling is None:
         scaling = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     tables = {}

@@ -41,11 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 after an error, 130 after an interruption.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser(words)
-    options = parser.parse_args(words)
-    if not getattr(options, "execute", None):
-        parser.print_help()
+    if not words:
+        _top_parser().print_help()
         return 0
+    if words[0] not in _VERBS:
+        # Help, the version, or a word that is no verb: the last two end the program.
+        _top_parser().parse_args(words)
+        return 0
+    # Intermixed, so that options may stand between MODEL and PROMPT.
+    options = _verb_parser(words[0]).parse_intermixed_args(words[1:])
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         code: int = options.execute(options)
@@ -64,9 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+def _top_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pretrained",
         description="Load, run and inspect pretrained models, from local files or the hub.",
@@ -74,11 +76,17 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"pretrained {__version__}")
-    verbs = parser.add_subparsers(metavar="VERB", title="verbs")
-    for name, (module, summary) in _VERBS.items():
-        verb = verbs.add_parser(name, help=summary, description=summary.capitalize() + ".", parents=[common])
-        if name in words:
-            import_module(module).add_arguments(verb)
+    verbs = parser.add_subparsers(metavar="VERB", title="verbs", required=True)
+    for name, (_, summary) in _VERBS.items():
+        verbs.add_parser(name, help=summary)
+    return parser
+
+
+def _verb_parser(name: str) -> argparse.ArgumentParser:
+    module, summary = _VERBS[name]
+    parser = argparse.ArgumentParser(prog=f"pretrained {name}", description=f"{summary.capitalize()}.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    import_module(module).add_arguments(parser)
     return parser
 
 

@@ -259,7 +259,7 @@ class PreTrainedConfig(PushToHubMixin):
             object.__setattr__(config, "model_type", file_type)
         unused = {}
         if return_unused:
-            known = set(config_dict)
+            known = set(config_dict) - {"model_type"}
             unused = {name: kwargs[name] for name in kwargs if name not in known and not config.has(name)}
         if kwargs:
             config.update({name: value for name, value in kwargs.items() if name not in unused})

@@ -29,6 +29,11 @@ class DType:
     numpy: np.dtype
     is_floating: bool
 
+    @property
+    def is_loadable(self) -> bool:
+        """Whether models compute in it; 8-bit floats only store."""
+        return self.is_floating and self.itemsize >= 2
+
 
 def _row(name: str, safetensors: str, numpy_type: object, is_floating: bool) -> DType:
     numpy_dtype: np.dtype = np.dtype(numpy_type)  # type: ignore[call-overload]
@@ -103,11 +108,11 @@ def floating_dtype_name(spelling: str) -> str:
         ArgumentError: the dtype is unknown or not a floating one.
     """
     name = dtype_name(spelling)
-    if not DTYPES[name].is_floating:
+    if not DTYPES[name].is_loadable:
         raise ArgumentError(
             f"Weights cannot be loaded as {name}",
             where="dtype",
-            expected="a floating dtype",
+            expected="a floating dtype of 16 bits or more",
             found=name,
             mend="To store weights in 8 or 4 bits pass quantization_config instead of dtype.",
         )

@@ -115,13 +115,17 @@ def find_weights(
         _check_inside(gguf_file)
         if (folder / gguf_file).is_file():  # it may lie in a subfolder
             names.add(gguf_file)
-    name = choose_weights(
-        names,
-        variant=variant,
-        use_safetensors=use_safetensors,
-        gguf_file=gguf_file,
-        where=str(folder),
-    )
+    try:
+        name = choose_weights(
+            names,
+            variant=variant,
+            use_safetensors=use_safetensors,
+            gguf_file=gguf_file,
+            where=str(folder),
+        )
+    except FileError as error:
+        error.mend = error.mend or _elsewhere(folder)
+        raise
     if INDEX_NAME.fullmatch(name):
         return _from_index(folder / name)
     order = candidates(variant, None)
@@ -203,6 +207,15 @@ def read_index(file: Path) -> WeightsIndex:
 
 
 # Which files
+
+
+def _elsewhere(folder: Path) -> str:
+    """Say where weights may be instead."""
+    wanted = candidates(None, None)
+    for inner in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+        if any((inner / name).is_file() for name in wanted):
+            return f"There are some in a subfolder: pass subfolder={inner.name!r}."
+    return "Save or download the weights there first; from_config(config) builds a model with new ones."
 
 
 def _from_file(file: Path) -> WeightsFiles:

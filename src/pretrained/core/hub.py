@@ -238,9 +238,13 @@ def resolve(path_or_id: str | os.PathLike[str] | Source, options: HubOptions | N
     options.check()
     text = os.fspath(path_or_id)
     path = Path(text).expanduser()
-    if path.is_dir():
+    try:
+        kind = "folder" if path.is_dir() else "file" if path.is_file() else None
+    except OSError as error:  # longer than the system allows
+        raise FileError("This cannot be a path", where=f"{text[:100]}...", found=error.strerror) from error
+    if kind == "folder":
         return _resolve_folder(path, options)
-    if path.is_file():
+    if kind == "file":
         if options.subfolder:
             raise ArgumentError(
                 "A file has no subfolders",

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from pretrained.errors import ArgumentError
+from pretrained.errors import ArgumentError, WeightsError
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,8 @@ class KeyMatch:
         missing: Promised keys that the file lacks, in the model's order; ties are resolved.
         unexpected: The file's keys that serve nothing.
         dropped: The file's keys that a `Drop` rule names -> why.
-        renamed: Promised key -> key in the file, where a rule (not only the prefix) changed the name.
+        renamed: Promised key -> the name for it in files like this one, where a rule of the architecture
+            (not the prefix, nor the user's `key_mapping`) changed it. The prefix is the model's.
     """
 
     sources: Mapping[str, str]
@@ -100,8 +101,9 @@ def match_keys(
         key_mapping: The user's ``{regex: replacement}``, applied to the file's keys first.
 
     Raises:
-        ArgumentError: a key of `key_mapping` is no regular expression, or two keys of the file would
-            fill one weight.
+        ArgumentError: `key_mapping` is no set of regular expressions and replacements, or by it two keys
+            of the file would fill one weight.
+        WeightsError: two keys of the file would fill one weight without it.
     """
     promised = list(promised)
     wanted = set(promised)
@@ -123,14 +125,10 @@ def match_keys(
                 dropped[key] = why
             continue
         if target in sources:
-            raise ArgumentError(
-                f"Two keys of the file would fill {target!r}",
-                where="key_mapping" if mapping else "checkpoint",
-                found=f"{sources[target]!r} and {key!r}",
-            )
+            raise _collision(target, sources[target], key, by_mapping=bool(mapping))
         sources[target] = key
-        if not _differs_by_prefix_only(key, target, base_prefix):
-            renamed[target] = key
+        if not _differs_by_prefix_only(name, target, base_prefix):
+            renamed[target] = _with_prefix_of(target, name, base_prefix)
     _share(sources, promised, ties or {})
     missing = tuple(key for key in promised if key not in sources)
     return KeyMatch(sources, missing, tuple(unexpected), dropped, renamed)
@@ -169,6 +167,23 @@ def _share(sources: dict[str, str], promised: list[str], ties: Mapping[str, str]
                 sources.setdefault(member, held)
 
 
+def _collision(target: str, first: str, second: str, *, by_mapping: bool) -> Exception:
+    what, found = f"Two keys of the file would fill {target!r}", f"{first!r} and {second!r}"
+    if by_mapping:
+        mend = "Make the regular expressions so narrow that each weight has one source."
+        return ArgumentError(what, where="key_mapping", found=found, mend=mend)
+    mend = "The file names weights in two ways; leave one of the two out, or map it away with key_mapping."
+    return WeightsError(what, where="checkpoint", found=found, mend=mend)
+
+
+def _with_prefix_of(target: str, name: str, base_prefix: str) -> str:
+    """Give a file's name the prefix that the model has, so that a save is of one style throughout."""
+    if not base_prefix:
+        return name
+    prefix = f"{base_prefix}."
+    return (prefix if target.startswith(prefix) else "") + name.removeprefix(prefix)
+
+
 def _differs_by_prefix_only(key: str, target: str, base_prefix: str) -> bool:
     prefix = f"{base_prefix}." if base_prefix else ""
     return key in (target, prefix + target) or target == prefix + key
@@ -177,18 +192,36 @@ def _differs_by_prefix_only(key: str, target: str, base_prefix: str) -> bool:
 def _compiled(key_mapping: Mapping[str, str]) -> list[tuple[re.Pattern[str], str]]:
     compiled = []
     for pattern, replacement in key_mapping.items():
+        if not isinstance(pattern, str | re.Pattern) or not isinstance(replacement, str):
+            raise ArgumentError(
+                "key_mapping is not a dictionary of regular expressions and replacements",
+                where="key_mapping",
+                expected="texts",
+                found=f"{pattern!r}: {replacement!r}"[:200],
+            )
         try:
             compiled.append((re.compile(pattern), replacement))
         except re.error as error:
             raise ArgumentError(
-                f"{pattern!r} is not a regular expression", where="key_mapping", found=str(error)
+                f"{pattern!r} is not a regular expression",
+                where="key_mapping",
+                found=str(error),
+                mend="To mean a character itself, put a backslash before it.",
             ) from error
     return compiled
 
 
 def _mapped(key: str, mapping: list[tuple[re.Pattern[str], str]]) -> str:
     for pattern, replacement in mapping:
-        changed, count = pattern.subn(replacement, key)
+        try:
+            changed, count = pattern.subn(replacement, key)
+        except (re.error, IndexError) as error:
+            raise ArgumentError(
+                f"{replacement!r} is not a replacement for {pattern.pattern!r}",
+                where="key_mapping",
+                found=str(error),
+                mend="Groups are written \\1, \\2 and so on, as many as the expression has parentheses.",
+            ) from error
         if count:
             return changed
     return key

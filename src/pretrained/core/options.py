@@ -8,12 +8,14 @@ model's constructor. Nothing is swallowed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+import os
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from pretrained.core.generation_fields import FIELDS as GENERATION_FIELDS
 from pretrained.core.hub import HubOptions
-from pretrained.errors import ArgumentError, NotYetError, UnknownArgumentError
+from pretrained.errors import ArgumentError, NotYetError, UnknownArgumentError, did_you_mean
 
 Progress = Callable[[int, int, str], None]
 
@@ -26,27 +28,61 @@ _RETIRED = {
     "mirror": "Set HF_ENDPOINT to the mirror's address instead.",
 }
 
-# Known to the ecosystem, built in a later release: name -> (value that asks for nothing, release).
+_QUANTIZED = "It comes with the release of quantized loading."
+_MACHINES = "It comes with the release for several machines."
+_ADAPTERS = "It comes with the release of adapters."
+_UNPLANNED = "No release is planned to have it; leave it out."
+
+# Known to the ecosystem and not offered yet: name -> (values that ask for nothing, when to expect it).
 _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
-    "quantization_config": ((None,), "the release of quantized loading"),
-    "load_in_8bit": ((None, False), "the release of quantized loading"),
-    "load_in_4bit": ((None, False), "the release of quantized loading"),
-    "from_tf": ((None, False), "the release with the TensorFlow backend"),
-    "from_flax": ((None, False), "the release with the Flax backend"),
-    "tp_plan": ((None,), "the release for several machines"),
-    "tp_size": ((None,), "the release for several machines"),
-    "device_mesh": ((None,), "the release for several machines"),
-    "distributed_config": ((None,), "the release for several machines"),
-    "adapter_kwargs": ((None,), "the release of adapters"),
-    "adapter_name": ((None, "default"), "the release of adapters"),
-    "trust_remote_code": ((None, False), "the release of sharing; register your class in Python instead"),
-    "code_revision": ((None,), "the release of sharing"),
-    "use_kernels": ((None, False), "no release so far"),
-    "kernel_config": ((None,), "no release so far"),
-    "allow_all_kernels": ((None, False), "no release so far"),
-    "experts_implementation": ((None,), "no release so far"),
-    "fusion_config": ((None,), "no release so far"),
-    "tqdm_class": ((None,), "no release; pass progress= a function of (bytes, total, stage)"),
+    "quantization_config": ((None,), _QUANTIZED),
+    "load_in_8bit": ((None, False), _QUANTIZED),
+    "load_in_4bit": ((None, False), _QUANTIZED),
+    "from_tf": ((None, False), "It comes with the release of the TensorFlow backend."),
+    "from_flax": ((None, False), "It comes with the release of the Flax backend."),
+    "tp_plan": ((None,), _MACHINES),
+    "tp_size": ((None,), _MACHINES),
+    "device_mesh": ((None,), _MACHINES),
+    "distributed_config": ((None,), _MACHINES),
+    "adapter_kwargs": ((None,), _ADAPTERS),
+    "adapter_name": ((None, "default"), _ADAPTERS),
+    "trust_remote_code": (
+        (None, False),
+        "It comes with the release of sharing; until then register your classes in Python.",
+    ),
+    "code_revision": ((None,), "It comes with the release of sharing."),
+    "use_kernels": ((None, False), _UNPLANNED),
+    "kernel_config": ((None,), _UNPLANNED),
+    "allow_all_kernels": ((None, False), _UNPLANNED),
+    "experts_implementation": ((None,), _UNPLANNED),
+    "fusion_config": ((None,), _UNPLANNED),
+    "tqdm_class": ((None,), "Pass progress= a function of (bytes, total, stage) instead."),
+}
+
+_TRUE_OR_FALSE = ((bool,), "True or False")
+_TEXT = ((str,), "a text")
+
+# What an argument that was given must be. Those that are absent here are checked where they are used.
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "variant": _TEXT,
+    "use_safetensors": ((bool,), "True, False or None"),
+    "weights_only": _TRUE_OR_FALSE,
+    "gguf_file": ((str, os.PathLike), "the name of a file"),
+    "state_dict": ((Mapping,), "tensors by name"),
+    "key_mapping": ((Mapping,), "a dictionary of regular expressions and replacements"),
+    "ignore_mismatched_sizes": _TRUE_OR_FALSE,
+    "allow_missing": _TRUE_OR_FALSE,
+    "output_loading_info": _TRUE_OR_FALSE,
+    "attn_implementation": ((str,), "the name of an attention implementation"),
+    "disable_mmap": _TRUE_OR_FALSE,
+    "progress": ((bool, Callable), "True, False, or a function of (bytes, total, stage)"),  # type: ignore[dict-item]
+    "revision": ((str,), "a branch, tag or commit"),
+    "subfolder": ((str, os.PathLike), "the name of a folder"),
+    "token": ((str, bool), "a token, True or False"),
+    "cache_dir": ((str, os.PathLike), "a path"),
+    "force_download": _TRUE_OR_FALSE,
+    "local_files_only": _TRUE_OR_FALSE,
+    "endpoint": ((str,), "an address"),
 }
 
 
@@ -108,7 +144,7 @@ class LoadOptions:
         Raises:
             UnknownArgumentError: a retired name.
             NotYetError: a name of a later release, with a value that asks for something.
-            ArgumentError: two arguments contradict each other.
+            ArgumentError: a value of the wrong type, or arguments that contradict each other.
         """
         refuse(kwargs)
         hub = HubOptions.take(kwargs)
@@ -117,7 +153,8 @@ class LoadOptions:
             kwargs["dtype"] = torch_dtype
         names = [f.name for f in fields(cls) if f.name not in ("hub", "disable_mmap")]
         taken = {name: kwargs.pop(name) for name in names if name in kwargs}
-        taken["disable_mmap"] = bool(kwargs.pop("disable_mmap", False))
+        if kwargs.pop("disable_mmap", None):
+            taken["disable_mmap"] = True
         options = cls(hub=hub, **{name: value for name, value in taken.items() if value is not None})
         options.check()
         return options
@@ -128,7 +165,20 @@ class LoadOptions:
             raise ArgumentError(
                 "weights_only=False would execute the code in a pickle, which this library never does",
                 where="weights_only",
-                mend="Leave it out; to keep a file that needs it, convert it to safetensors where you trust it.",
+                mend="Leave it out. A file that needs it: convert it to safetensors where you trust it.",
+            )
+        if self.state_dict is not None and self.gguf_file is not None:
+            raise ArgumentError(
+                "state_dict and gguf_file both give the weights",
+                where="state_dict, gguf_file",
+                mend="Pass only one of them.",
+            )
+        if isinstance(self.config, Mapping):
+            raise ArgumentError(
+                "config is a dictionary",
+                where="config",
+                expected="a config object, or a path or id to read one from",
+                mend="Make it one first: config_class.from_dict(config).",
             )
         if self.max_memory is not None and self.device_map is None:
             raise ArgumentError(
@@ -154,6 +204,7 @@ def refuse(kwargs: MutableMapping[str, Any]) -> None:
     Raises:
         UnknownArgumentError: a retired name.
         NotYetError: a name of a later release, with a value that asks for something.
+        ArgumentError: a known name with a value of the wrong type.
     """
     for name in _HARMLESS:
         kwargs.pop(name, None)
@@ -165,6 +216,42 @@ def refuse(kwargs: MutableMapping[str, Any]) -> None:
             continue
         value = kwargs.pop(name)
         if not any(value is choice or value == choice for choice in idle):
-            raise NotYetError(
-                f"{name}={value!r} is not offered yet", where=name, mend=f"It comes with {release}."
+            raise NotYetError(f"{name}={value!r}"[:200] + " is not offered yet", where=name, mend=release)
+
+    _check_types(kwargs)
+
+
+def _check_types(kwargs: MutableMapping[str, Any]) -> None:
+    """Raise for a known argument whose value is of a type that it cannot have; None is always allowed."""
+    for name, (types, expected) in _TYPES.items():
+        value = kwargs.get(name)
+        if value is not None and not isinstance(value, types):
+            raise ArgumentError(
+                f"{name} has a value of the wrong type",
+                where=name,
+                expected=expected,
+                found=f"{type(value).__name__} {value!r}"[:200],
             )
+        if isinstance(value, os.PathLike) and name in ("gguf_file", "subfolder"):
+            kwargs[name] = os.fspath(value)
+
+
+def unknown_argument(cls_name: str, names: Iterable[str], known: Iterable[str], advice: str) -> Exception:
+    """Return the error for arguments that nothing takes.
+
+    Args:
+        cls_name: The model class.
+        names: The arguments.
+        known: Names of the config and the constructor, for suggestions.
+        advice: What to do about them where no known name is near.
+    """
+    names = list(names)
+    first = names[0]
+    options = [f.name for cls in (LoadOptions, HubOptions) for f in fields(cls) if f.name != "hub"]
+    if first in GENERATION_FIELDS:
+        advice = "It is a generation setting: pass it to generate(), or set it on model.generation_config."
+    elif near := did_you_mean(first, [*options, *known]):
+        advice = near
+    return UnknownArgumentError(
+        f"{cls_name} does not know the argument {first!r}", where=", ".join(names), mend=advice
+    )

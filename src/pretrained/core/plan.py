@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,11 +18,19 @@ from typing import Any
 from pretrained.core.checkpoint import Checkpoint, TensorInfo
 from pretrained.core.dtypes import DTYPES
 from pretrained.core.keys import KeyMatch, KeyRule, match_keys
-from pretrained.core.report import fold_keys
+from pretrained.core.report import Mismatch, fold_keys, fold_mismatches
 from pretrained.core.skeleton import Skeleton
 from pretrained.errors import WeightsError, did_you_mean
 
 _MANY = 20
+# No published model has a tenth of these; a config that asks for more than the files hold is a lie, and
+# building its modules would take memory before any weight is missed.
+_MANY_LAYERS = 1000
+# How the schemes of the ecosystem name what stands beside (or for) a quantized weight.
+_QUANTIZED = re.compile(
+    r"\.(qweight|qzeros|g_idx|SCB|weight_format|weight_scale(_inv)?|weight_zero_point|weight_packed|"
+    r"weight\.(absmax|quant_map|nested_absmax|quant_state\..+))$"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +115,7 @@ class LoadPlan:
         unexpected: Keys of the files that serve nothing and are a finding.
         mismatched: ``(key, shape in the file, shape in the model)``.
         dropped: Keys of the files that a rule leaves out -> why.
-        renamed: Promised key -> key in the file, where a rule changed the name.
+        renamed: Promised key -> its name in files like these, where a rule changed it; see `KeyMatch`.
     """
 
     steps: tuple[LoadStep, ...]
@@ -115,7 +123,7 @@ class LoadPlan:
     initialise: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
-    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+    mismatched: tuple[Mismatch, ...] = ()
     dropped: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
 
@@ -154,7 +162,8 @@ def plan_load(
         source: What to name in errors; None for the first file.
 
     Raises:
-        WeightsError: weights of the body are missing, or shapes differ, and the call does not allow it.
+        WeightsError: weights of the body are missing, or shapes differ, and the call does not allow it;
+            or the files hold numbers that are no floating weights.
     """
     source = source or (checkpoint.files[0] if checkpoint.files else "state_dict")
     names = {key: key for key in checkpoint.tensors}
@@ -169,9 +178,10 @@ def plan_load(
         key_mapping=policy.key_mapping,
     )
     steps, mismatched = _steps(checkpoint, skeleton, policy, match, names, layouts or {})
+    _check_numbers(steps, skeleton, match, source)
     if mismatched and not policy.ignore_mismatched_sizes:
         raise _shapes_differ(mismatched, source)
-    _check_body(match, skeleton, policy, source)
+    _check_body(match, skeleton, policy, names, source)
     bad = {key for key, _, _ in mismatched}
     return LoadPlan(
         steps=tuple(sorted(steps, key=lambda step: (str(step.source.file), step.source.offset))),
@@ -185,6 +195,28 @@ def plan_load(
     )
 
 
+def check_depth(config: Any, checkpoint: Checkpoint, source: object = None) -> None:
+    """Raise where a config asks for far more layers than the files can fill, before they are built.
+
+    Args:
+        config: A model's config.
+        checkpoint: What the files hold.
+        source: What to name in the error; None for the first file.
+
+    Raises:
+        WeightsError: it does.
+    """
+    names = ("num_hidden_layers", "num_decoder_layers")
+    counts = {name: getattr(config, name, None) or 0 for name in names}
+    name = max(counts, key=lambda name: counts[name])
+    if counts[name] > _MANY_LAYERS and counts[name] > len(checkpoint.tensors):
+        raise WeightsError(
+            f"The config asks for {counts[name]} layers; the files hold {len(checkpoint.tensors)} tensors",
+            where=source or (checkpoint.files[0] if checkpoint.files else "state_dict"),
+            mend=f"Correct {config.attribute_map.get(name, name)!r} in config.json.",
+        )
+
+
 def _steps(
     checkpoint: Checkpoint,
     skeleton: Skeleton,
@@ -192,7 +224,7 @@ def _steps(
     match: KeyMatch,
     names: Mapping[str, str],
     layouts: Mapping[str, MappedTensor],
-) -> tuple[list[LoadStep], list[tuple[str, tuple[int, ...], tuple[int, ...]]]]:
+) -> tuple[list[LoadStep], list[Mismatch]]:
     steps, mismatched = [], []
     for key, spec in skeleton.params.items():
         if key not in match.sources or key in skeleton.ties:
@@ -239,7 +271,38 @@ def _findings(keys: Sequence[str], silent: Sequence[str]) -> tuple[str, ...]:
     return tuple(key for key in keys if not any(pattern.search(key) for pattern in patterns))
 
 
-def _check_body(match: KeyMatch, skeleton: Skeleton, policy: LoadPolicy, source: object) -> None:
+def _check_numbers(steps: Sequence[LoadStep], skeleton: Skeleton, match: KeyMatch, source: object) -> None:
+    """Raise where the files hold whole numbers or quantized ones where weights should be."""
+    quantized = [key for key in match.unexpected if _QUANTIZED.search(key)]
+    if quantized:
+        raise WeightsError(
+            f"The weights are quantized: {len(quantized)} keys hold scales or packed numbers",
+            where=source,
+            found=_listed(fold_keys(quantized)),
+            mend="Loading quantized weights comes with a later release; use the checkpoint in a plain dtype, "
+            "or a GGUF file.",
+        )
+    whole = [
+        f"{step.key} ({step.source.dtype})"
+        for step in steps
+        if not skeleton.params[step.key].is_buffer
+        and step.source.dtype in DTYPES
+        and not DTYPES[step.source.dtype].is_floating
+    ]
+    if whole:
+        raise WeightsError(
+            f"{_counted(len(whole), 'weight')} stored as no floating numbers",
+            where=source,
+            expected="a floating dtype",
+            found=_listed(whole),
+            mend="If they are quantized, use the checkpoint in a plain dtype; otherwise convert them where "
+            "they were made.",
+        )
+
+
+def _check_body(
+    match: KeyMatch, skeleton: Skeleton, policy: LoadPolicy, names: Iterable[str], source: object
+) -> None:
     """Raise where weights of the body, not of a new head, are missing."""
     if policy.allow_missing:
         return
@@ -253,31 +316,44 @@ def _check_body(match: KeyMatch, skeleton: Skeleton, policy: LoadPolicy, source:
     ]
     if not absent:
         return
-    near = did_you_mean(absent[0], match.unexpected)
-    hint = (
-        f"The file has keys that nothing uses, such as {match.unexpected[0]!r}. " if match.unexpected else ""
-    )
+    total = len(skeleton.params)
     raise WeightsError(
-        f"{len(absent)} of {len(skeleton.params)} weights of the model are not in the checkpoint",
+        f"{len(absent)} of {total} weights of the model {'is' if len(absent) == 1 else 'are'} not in the "
+        "checkpoint",
         where=source,
         expected=_listed(fold_keys(absent)),
         found=f"{len(match.sources)} matching and {len(match.unexpected)} other keys",
-        mend=f"{hint}{near} Check that config.json describes these weights, map the names with key_mapping, "
-        "or pass allow_missing=True to initialise what is missing.".replace("  ", " "),
+        mend=f"{_hint(match, absent[0], policy, names)}Check that config.json describes these weights, map "
+        "the names with key_mapping, or pass allow_missing=True to initialise what is missing.",
     )
 
 
-def _shapes_differ(
-    mismatched: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]], source: object
-) -> WeightsError:
-    lines = [f"{key}: file {list(theirs)}, model {list(ours)}" for key, theirs, ours in mismatched]
+def _hint(match: KeyMatch, absent: str, policy: LoadPolicy, names: Iterable[str]) -> str:
+    """Say what in the call or the file may be behind a missing weight."""
+    if policy.key_mapping:
+        keys = list(names)
+        idle = [pattern for pattern in policy.key_mapping if not any(re.search(pattern, key) for key in keys)]
+        if idle:
+            return f"key_mapping's {idle[0]!r} fits no key of the file. "
+        return f"key_mapping was applied first, to keys such as {keys[0]!r}. " if keys else ""
+    if not match.unexpected:
+        return ""
+    near = did_you_mean(absent, match.unexpected)
+    return f"The file has keys that nothing uses, such as {match.unexpected[0]!r}. {near}".rstrip() + " "
+
+
+def _shapes_differ(mismatched: Sequence[Mismatch], source: object) -> WeightsError:
     return WeightsError(
-        f"{len(lines)} weights have another shape in the file than in the model",
+        f"{_counted(len(mismatched), 'weight', 'has', 'have')} another shape in the file than in the model",
         where=source,
-        found=_listed(lines),
+        found=_listed(fold_mismatches(mismatched)),
         mend="Check that config.json describes these weights, or pass ignore_mismatched_sizes=True to "
         "initialise them anew.",
     )
+
+
+def _counted(count: int, noun: str, one: str = "is", many: str = "are") -> str:
+    return f"{count} {noun} {one}" if count == 1 else f"{count} {noun}s {many}"
 
 
 def _listed(lines: Sequence[str]) -> str:

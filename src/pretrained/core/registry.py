@@ -306,6 +306,25 @@ _PACKAGES = {"torch": "PyTorch", "tokenizers": "tokenizers", "jinja2": "Jinja2"}
 _EXTRAS = {"torch": "torch", "tokenizers": "text", "jinja2": "text"}
 
 
+def model_type_of(values: Mapping[str, Any]) -> object:
+    """Return the model_type of a config.json, told by its class name where the file leaves it out.
+
+    Some published files do: umt5's name only ``architectures``.
+
+    Args:
+        values: The content of the file.
+    """
+    if values.get("model_type") is not None:
+        return values["model_type"]
+    names = values.get("architectures")
+    wanted = names[0] if isinstance(names, list) and names else None
+    for model_type, row in FAMILIES.items():
+        for models in row.models.values():
+            if wanted in models.classes:
+                return model_type
+    return None
+
+
 def family(model_type: object, *, where: object, more: tuple[str, ...] = ()) -> Family:
     """Return the row of a model_type.
 

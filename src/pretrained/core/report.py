@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
+
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
@@ -30,7 +32,7 @@ class LoadReport:
     source: str
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
-    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+    mismatched: tuple[Mismatch, ...] = ()
     dropped: Mapping[str, str] = field(default_factory=dict)
     errors: tuple[str, ...] = ()
     dtypes: Mapping[tuple[str, str], int] = field(default_factory=dict)
@@ -58,9 +60,7 @@ class LoadReport:
             lines += [f"    {key}" for key in fold_keys(self.missing)]
         if self.mismatched:
             lines.append("  newly initialised, for the file's shape differs:")
-            lines += [
-                f"    {key}: file {list(theirs)}, model {list(ours)}" for key, theirs, ours in self.mismatched
-            ]
+            lines += [f"    {line}" for line in fold_mismatches(self.mismatched)]
         if self.unexpected:
             lines.append("  not used (another head or architecture):")
             lines += [f"    {key}" for key in fold_keys(self.unexpected)]
@@ -86,6 +86,22 @@ def fold_keys(keys: Iterable[str]) -> list[str]:
             shape = key[: number.start()] + "{}" + key[number.end() :]
             groups.setdefault(shape, []).append(int(number.group()))
     return [shape.replace("{}", _ranges(numbers)) if numbers else shape for shape, numbers in groups.items()]
+
+
+def fold_mismatches(mismatched: Iterable[Mismatch]) -> list[str]:
+    """Say which weights have which shapes, those that differ in one number folded.
+
+    Args:
+        mismatched: ``(key, shape in the file, shape in the model)``.
+    """
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}
+    for key, theirs, ours in mismatched:
+        groups.setdefault((theirs, ours), []).append(key)
+    return [
+        f"{key}: file {list(theirs)}, model {list(ours)}"
+        for (theirs, ours), keys in groups.items()
+        for key in fold_keys(keys)
+    ]
 
 
 def _ranges(numbers: list[int]) -> str:

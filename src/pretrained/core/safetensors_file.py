@@ -77,6 +77,14 @@ def _read_raw_header(opened: BinaryIO, *, file: Path, size: int) -> tuple[bytes,
             mend=DOWNLOAD_AGAIN,
         )
     length = int.from_bytes(start[:8], "little")
+    if length > max(MAX_HEADER_BYTES, size) and start[8:9] == b"{":
+        raise CheckpointError(
+            "The safetensors file lies about the length of its header",
+            where=file,
+            expected=f"at most {MAX_HEADER_BYTES} bytes",
+            found=f"{length} bytes in a file of {size}",
+            mend=DOWNLOAD_AGAIN,
+        )
     if length > MAX_HEADER_BYTES or (length > 0 and size > 8 and start[8:9] != b"{"):
         raise CheckpointError(
             "This is not a safetensors file",

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -78,6 +78,7 @@ class ShardPlan:
         file_stem: What the names begin with (``"model"``).
         variant: Their infix, or None.
         total_size: Bytes of all tensors.
+        suffix: What the names end in, which says the format.
     """
 
     files: Mapping[str, tuple[str, ...]]
@@ -85,6 +86,7 @@ class ShardPlan:
     file_stem: str
     variant: str | None
     total_size: int
+    suffix: str = ".safetensors"
 
 
 def parse_size(size: int | str) -> int:
@@ -120,6 +122,7 @@ def plan_shards(
     *,
     file_stem: str = "model",
     variant: str | None = None,
+    suffix: str = ".safetensors",
 ) -> ShardPlan:
     """Decide which tensors go to which file.
 
@@ -131,12 +134,13 @@ def plan_shards(
         max_shard_size: Most bytes that the tensors of one file may take, as for `parse_size`.
         file_stem: What file names begin with.
         variant: Infix of the names: ``model.fp16.safetensors``.
+        suffix: What file names end in.
 
     Raises:
         ArgumentError: the size cannot be understood, or the variant cannot be part of a name.
     """
     limit = parse_size(max_shard_size)
-    if variant is not None and (not variant or not re.fullmatch(r"[\w.-]+", variant)):
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w.-]+", variant)):
         raise ArgumentError(
             "The variant cannot be part of a file name",
             where="variant",
@@ -154,13 +158,13 @@ def plan_shards(
     stem = file_stem if variant is None else f"{file_stem}.{variant}"
     total = sum(sizes.values())
     if len(groups) == 1:
-        return ShardPlan({f"{stem}.safetensors": tuple(groups[0])}, None, file_stem, variant, total)
+        return ShardPlan({f"{stem}{suffix}": tuple(groups[0])}, None, file_stem, variant, total, suffix)
     files = {
-        f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors": tuple(group)
+        f"{stem}-{number:05d}-of-{len(groups):05d}{suffix}": tuple(group)
         for number, group in enumerate(groups, 1)
     }
     infix = "" if variant is None else f".{variant}"
-    return ShardPlan(files, f"{file_stem}.safetensors.index{infix}.json", file_stem, variant, total)
+    return ShardPlan(files, f"{file_stem}{suffix}.index{infix}.json", file_stem, variant, total, suffix)
 
 
 def write_checkpoint(
@@ -171,6 +175,7 @@ def write_checkpoint(
     *,
     file_stem: str = "model",
     variant: str | None = None,
+    write_file: Callable[[Path, Sequence[str]], None] | None = None,
 ) -> None:
     """Write a checkpoint into a folder, in place of an earlier one of the same stem and variant.
 
@@ -197,6 +202,8 @@ def write_checkpoint(
         metadata: The header's string pairs; None means ``{"format": "pt"}``.
         file_stem: As given to `plan_shards`.
         variant: As given to `plan_shards`.
+        write_file: For other formats: writes the file at a path, which does not exist yet, with the tensors
+            of some keys, instead of what this module does with the tensors and the metadata.
 
     Raises:
         ArgumentError: the plan and the tensors do not belong together, or a tensor's bytes do not fit its
@@ -212,6 +219,10 @@ def write_checkpoint(
     with errors_with_mend(folder):
         with removed_on_error(folder, temporary.values()):
             for name, keys in plan.files.items():
+                if write_file is not None:
+                    write_file(folder / temporary[name], keys)
+                    _flush(folder / temporary[name])
+                    continue
                 with new_file(folder / temporary[name]) as opened:
                     _write_file(opened, {key: tensors[key] for key in keys}, header)
         sync_folder(folder)
@@ -224,6 +235,15 @@ def write_checkpoint(
 
 
 # One file
+
+
+def _flush(file: Path) -> None:
+    """Bring a file that someone else wrote to the disk."""
+    descriptor = os.open(file, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_file(opened: BinaryIO, tensors: Mapping[str, TensorSource], metadata: Mapping[str, str]) -> None:
@@ -320,16 +340,16 @@ def _index_text(plan: ShardPlan, tensors: Mapping[str, TensorSource], names: Map
 
 
 def _single_name(plan: ShardPlan) -> str:
-    return f"{plan.file_stem}{'.' + plan.variant if plan.variant else ''}.safetensors"
+    return f"{plan.file_stem}{'.' + plan.variant if plan.variant else ''}{plan.suffix}"
 
 
 def _remove_stale(folder: Path, plan: ShardPlan) -> None:
     """Remove what an earlier save of the same stem and variant left, also one that was killed."""
     infix = "" if plan.variant is None else re.escape("." + plan.variant)
-    stem = re.escape(plan.file_stem)
+    stem, end = re.escape(plan.file_stem), re.escape(plan.suffix)
     owned = re.compile(
         r"(\.tmp-[0-9a-f]{8}-)?"
-        rf"({stem}{infix}(-\d{{5,}}-of-\d{{5,}})?\.safetensors|{stem}\.safetensors\.index{infix}\.json)"
+        rf"({stem}{infix}(-\d{{5,}}-of-\d{{5,}})?{end}|{stem}{end}\.index{infix}\.json)"
     )
     keep = {*plan.files, plan.index}
     stale = [name for name in os.listdir(folder) if owned.fullmatch(name) and name not in keep]

@@ -9,7 +9,9 @@ that other implementation, so third parties use the battery with theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -277,6 +279,52 @@ def check_bfloat16(case: Case, oracle: Oracle) -> None:
         assert error <= allowed, f"{case}: {name} errs by {error:.2e}, the oracle by {errors[name]:.2e}"
 
 
+def check_submodules(case: Case, oracle: Oracle) -> None:
+    """Every part gives what the oracle's part of the same path gives, so that two errors cannot cancel.
+
+    Args:
+        case: A row.
+        oracle: See the module.
+    """
+    model = case.build()
+    other: Any = oracle(model)
+    inputs = case.inputs(model.config)
+    with torch.no_grad(), _recorded(model) as ours, _recorded(other) as theirs:
+        model(**inputs)
+        other(**inputs)
+    leaves = {name for name, module in model.named_modules() if not list(module.children())}
+    compared = 0
+    for name, tensor in ours.items():
+        if name in theirs and theirs[name].shape == tensor.shape:
+            assert_close(tensor, theirs[name], f"{case}: {name}")
+            compared += name in leaves
+    # Some leaves have no twin: activations are functions here, tables of positions have other shapes.
+    assert compared >= 0.8 * len(leaves & set(ours)), (
+        f"{case}: only {compared} of {len(leaves)} leaves have twins"
+    )
+
+
+@contextmanager
+def _recorded(model: torch.nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield what each module returned first, by path, filled while the model runs."""
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: torch.nn.Module, _args: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            if isinstance(value, torch.Tensor):
+                outputs.setdefault(name, value)
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in model.named_modules() if name]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def check_attentions(case: Case, oracle: Oracle) -> None:
     """Attention weights equal the oracle's, and asking for them changes nothing else."""
     model = case.build()
@@ -313,13 +361,24 @@ def check_loss_and_gradients(case: Case, oracle: Oracle) -> None:
 
 
 def check_tuple(case: Case) -> None:
-    """``return_dict=False`` gives the same values as a plain tuple."""
+    """``return_dict=False`` gives the values that the object has, in its order, as a plain tuple."""
     model = case.build()
     inputs = case.inputs(model.config)
     with torch.no_grad():
-        full, plain = model(**inputs), model(**inputs, return_dict=False)
-    assert type(plain) is tuple and len(plain) == len(full)
-    assert torch.equal(plain[0], full[0])
+        full = model(**inputs, output_hidden_states=True)
+        plain = model(**inputs, output_hidden_states=True, return_dict=False)
+    assert type(plain) is tuple and len(plain) == len(full), f"{case}: {type(plain).__name__} of {len(plain)}"
+    for name, one, other in zip(full.keys(), full.to_tuple(), plain, strict=True):
+        assert type(one) is type(other), f"{case}: {name} is a {type(other).__name__}"
+        pairs = zip(_tensors(one), _tensors(other), strict=True)
+        assert all(torch.equal(first, second) for first, second in pairs), f"{case}: {name}"
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """Return a tensor, or the tensors of a tuple; nothing of what else an output holds."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, tuple) else []
 
 
 def check_inputs_embeds(case: Case) -> None:
@@ -356,25 +415,28 @@ def check_cache(case: Case, *, static: bool) -> None:
     from pretrained.torch.cache import DynamicCache, StaticCache  # noqa: PLC0415
 
     model = case.build()
-    ids = case.inputs(model.config)["input_ids"]
-    extra = {} if case.extra_inputs is None else case.extra_inputs(model.config)
-    cache = (
-        StaticCache(model.config, max_cache_len=LENGTH + 3) if static else DynamicCache(config=model.config)
-    )
-    parts = []
-    with torch.no_grad():
-        whole = model(ids, use_cache=False, **extra)
-        for piece in (slice(0, 5), slice(5, 6), slice(6, 9), *(slice(i, i + 1) for i in range(9, LENGTH))):
-            more = dict(extra)
-            if static:
-                more["cache_position"] = torch.arange(piece.start, piece.stop)
-            out = model(ids[:, piece], past_key_values=cache, use_cache=True, **more)
-            if static:
-                cache.advance(piece.stop - piece.start)
-            parts.append(out[0])
-    if parts[0].shape[1] != 5:
-        return
-    assert_close(torch.cat(parts, dim=1), whole[0], f"{case}: cached against uncached")
+    for padding in ("none",) if static else ("none", "left"):
+        inputs = case.inputs(model.config, padding)  # type: ignore[arg-type]
+        ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask", None)
+        cache = StaticCache(model.config, LENGTH + 3) if static else DynamicCache(config=model.config)
+        # Positions as given: some families count them from the ids they see, which a piece lacks.
+        positions = torch.arange(LENGTH)[None]
+        parts = []
+        with torch.no_grad():
+            whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False, **inputs)[0]
+            for start, stop in ((0, 5), (5, 6), (6, 9), *((i, i + 1) for i in range(9, LENGTH))):
+                more: dict[str, Any] = {"attention_mask": None if mask is None else mask[:, :stop]}
+                if static:
+                    more["cache_position"] = torch.arange(start, stop)
+                more |= {"past_key_values": cache, "position_ids": positions[:, start:stop]}
+                parts.append(model(ids[:, start:stop], use_cache=True, **inputs, **more)[0])
+                if static:
+                    cache.advance(stop - start)
+        # A head that pools its last token has said nothing comparable before the end.
+        found = torch.cat(parts, dim=1) if parts[0].shape[1] == 5 else parts[-1]
+        if mask is not None and found.shape[1] == LENGTH:
+            found, whole = found[mask.bool()], whole[mask.bool()]
+        assert_close(found, whole, f"{case}: cached against uncached, {padding} padding")
 
 
 def check_round_trip(case: Case, folder: Path) -> None:
@@ -399,6 +461,16 @@ def _assert_same_state(first: Any, second: Any) -> None:
         assert torch.equal(tensor, theirs[key]), key
     for (name, one), (_, other) in zip(first.named_buffers(), second.named_buffers(), strict=True):
         assert torch.equal(one, other), name
+
+
+def check_pickle(case: Case) -> None:
+    """A pickled model, as `torch.save` and worker processes make it, comes back whole."""
+    model = case.build()
+    again = pickle.loads(pickle.dumps(model))
+    _assert_same_state(model, again)
+    inputs = case.inputs(model.config)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs)[0], again(**inputs)[0])
 
 
 def check_compiled(case: Case) -> None:
@@ -433,4 +505,12 @@ def check_skeleton(case: Case, skeleton: Callable[[Any, str], Skeleton], family:
     ours = {key: spec.shape for key, spec in promised.params.items()}
     theirs = {key: spec.shape for key, spec in held.params.items()}
     assert ours == theirs, f"{case}: {set(ours) ^ set(theirs) or 'shapes differ'}"
-    assert dict(promised.ties) == dict(held.ties)
+    assert dict(promised.ties) == dict(held.ties), (
+        f"{case}: ties {dict(promised.ties)}, not {dict(held.ties)}"
+    )
+    blocks = [
+        name for name, module in model.named_modules() if type(module).__name__ in model._no_split_modules
+    ]
+    for key, spec in promised.params.items():
+        block = next((name for name in blocks if key.startswith(f"{name}.")), None)
+        assert spec.block == block, f"{case}: {key} is in block {spec.block}, not {block}"

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from pretrained.errors import ArgumentError
+
 
 class EmbeddingAccessMixin:
     """Finds and replaces the token embedding and the language-model head.
@@ -19,15 +21,26 @@ class EmbeddingAccessMixin:
     _output_embedding = "lm_head"
 
     def get_input_embeddings(self) -> nn.Module:
-        """Return the token embedding."""
-        return self.base_model.get_submodule(self._input_embedding)  # type: ignore[attr-defined,no-any-return]
+        """Return the token embedding.
+
+        Raises:
+            ArgumentError: it is not where `_input_embedding` says.
+        """
+        found = _find(self.base_model, self._input_embedding)  # type: ignore[attr-defined]
+        if found is None:
+            raise _absent(self, "token embedding", "_input_embedding")
+        return found
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embedding.
 
         Args:
             value: The new embedding.
+
+        Raises:
+            ArgumentError: there is none to replace.
         """
+        self.get_input_embeddings()
         _set_submodule(self.base_model, self._input_embedding, value)  # type: ignore[attr-defined]
 
     def get_output_embeddings(self) -> nn.Module | None:
@@ -39,8 +52,21 @@ class EmbeddingAccessMixin:
 
         Args:
             new_embeddings: The new head.
+
+        Raises:
+            ArgumentError: there is none to replace.
         """
+        if self.get_output_embeddings() is None:
+            raise _absent(self, "language-model head", "_output_embedding")
         _set_submodule(self, self._output_embedding, new_embeddings)
+
+
+def _absent(model: Any, what: str, fact: str) -> ArgumentError:
+    return ArgumentError(
+        f"{type(model).__name__} has no {what}",
+        where=getattr(model, fact),
+        mend=f"If it has one elsewhere, its class says where as {fact}.",
+    )
 
 
 def _find(module: Any, path: str) -> nn.Module | None:

@@ -62,9 +62,9 @@ def initialise_missing(model: Any, keys: Collection[str]) -> None:
         owners.setdefault(path, set()).add(name)
     for path, names in owners.items():
         module = model.get_submodule(path)
-        own = [(name, p) for name, p in module.named_parameters(recurse=False) if name not in names]
-        loaded = [(p, p.detach().clone()) for _, p in own]
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        loaded = [(tensor, tensor.detach().clone()) for name, tensor in own if name not in names]
         model._init_weights(module)
         with torch.no_grad():
-            for parameter, values in loaded:
-                parameter.copy_(values)
+            for tensor, values in loaded:
+                tensor.copy_(values)

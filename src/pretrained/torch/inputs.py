@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -51,7 +53,8 @@ def embed_tokens(
         prefix: Put before the arguments' names in errors (``"decoder_"``).
 
     Raises:
-        ArgumentError: both or neither are given, or the ids have another rank or dtype.
+        ArgumentError: both or neither are given, they have another type, rank or dtype, they are
+            empty, or (on a CPU) an id is outside the vocabulary.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ArgumentError(
@@ -60,17 +63,77 @@ def embed_tokens(
             found="both" if input_ids is not None else "neither",
         )
     if inputs_embeds is not None:
+        if inputs_embeds.dim() != 3:
+            raise ArgumentError(
+                "Embeddings are a batch of rows of vectors",
+                where=f"{prefix}inputs_embeds",
+                expected="a tensor [batch, length, hidden]",
+                found=list(inputs_embeds.shape),
+            )
+        _not_empty(inputs_embeds, f"{prefix}inputs_embeds")
         return inputs_embeds
-    assert input_ids is not None
-    if input_ids.dim() != 2 or input_ids.is_floating_point():
+    ids = _checked(input_ids, f"{prefix}input_ids")
+    if torch.compiler.is_compiling():
+        return embedding(ids)
+    try:
+        return embedding(ids)
+    except IndexError as error:
+        outside = _outside(ids, embedding, f"{prefix}input_ids")
+        if outside is None:
+            raise
+        raise outside from error
+
+
+def _checked(ids: Any, name: str) -> torch.Tensor:
+    if not isinstance(ids, torch.Tensor):
+        raise ArgumentError(
+            "Token ids are a tensor",
+            where=name,
+            found=type(ids).__name__,
+            mend="Pass what the tokenizer returned as model(**inputs)."
+            if hasattr(ids, "keys")
+            else "Write torch.tensor(ids), or tokenize with return_tensors='pt'.",
+        )
+    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         raise ArgumentError(
             "Token ids are a batch of rows of whole numbers",
-            where=f"{prefix}input_ids",
-            expected="an integer tensor [batch, length]",
-            found=f"{input_ids.dtype} {list(input_ids.shape)}",
+            where=name,
+            expected="an int64 or int32 tensor [batch, length]",
+            found=f"{ids.dtype} {list(ids.shape)}",
             mend="Add the batch axis with ids[None], or tokenize with return_tensors='pt'.",
         )
-    return embedding(input_ids)
+    _not_empty(ids, name)
+    return ids
+
+
+def _not_empty(tensor: torch.Tensor, name: str) -> None:
+    if tensor.shape[1] == 0:
+        raise ArgumentError(
+            "The prompt is empty",
+            where=name,
+            found=list(tensor.shape),
+            mend="Pass at least one token, such as the tokenizer's bos_token_id, or some text.",
+        )
+
+
+def _outside(ids: torch.Tensor, embedding: nn.Module, name: str) -> ArgumentError | None:
+    """Return an error that names the first id outside the vocabulary, or None where there is none.
+
+    Only after a lookup has failed: looking first would cost every step, and on a GPU a wait.
+    """
+    size = getattr(embedding, "num_embeddings", None)
+    if size is None:
+        return None
+    wrong = (ids < 0) | (ids >= size)
+    if not bool(wrong.any()):
+        return None
+    row, position = wrong.nonzero()[0].tolist()
+    return ArgumentError(
+        f"Token id {int(ids[row, position])} is outside the vocabulary",
+        where=f"{name}, row {row}, position {position}",
+        expected=f"0 to {size - 1}",
+        mend="Use the tokenizer that belongs to this model.",
+    )
 
 
 def new_positions(

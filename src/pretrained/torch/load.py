@@ -8,6 +8,7 @@ What differs between them is the `read` function that turns a planned step into 
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
 import time
@@ -23,22 +24,24 @@ from pretrained.arch.gguf import gguf_architecture, gguf_config, gguf_key_map
 from pretrained.core.budgets import DISK
 from pretrained.core.checkpoint import Checkpoint, TensorInfo
 from pretrained.core.config import PreTrainedConfig, read_json_object
-from pretrained.core.dtypes import floating_dtype_name
+from pretrained.core.dtypes import DTYPES, floating_dtype_name
 from pretrained.core.files import find_weights, open_checkpoint
 from pretrained.core.generation_config import GenerationConfig
 from pretrained.core.hub import Source, resolve
-from pretrained.core.options import LoadOptions
-from pretrained.core.plan import LoadPlan, LoadPolicy, LoadStep, MappedTensor, plan_load
+from pretrained.core.options import LoadOptions, unknown_argument
+from pretrained.core.plan import LoadPlan, LoadPolicy, LoadStep, MappedTensor, check_depth, plan_load
 from pretrained.core.progress import reporting
 from pretrained.core.report import LoadReport
 from pretrained.core.skeleton import ParamSpec, Skeleton
 from pretrained.errors import (
     ArgumentError,
     CheckpointError,
+    ConfigError,
     NotYetError,
-    PlacementError,
+    PretrainedError,
     UnknownArgumentError,
 )
+from pretrained.torch.devices import check_memory, home_name, single_device
 from pretrained.torch.dispatch import Homes, attach, home_of
 from pretrained.torch.empty import no_memory
 from pretrained.torch.initialise import initialise_missing
@@ -55,7 +58,7 @@ DEFAULT_DTYPE = "float32"
 Model = TypeVar("Model", bound=Any)
 
 
-def from_pretrained(cls: type[Model], path: str | Path | None, *model_args: Any, **kwargs: Any) -> Any:
+def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: Any, **kwargs: Any) -> Any:
     """Load a model; `PreTrainedModel.from_pretrained` documents the arguments.
 
     Args:
@@ -66,11 +69,13 @@ def from_pretrained(cls: type[Model], path: str | Path | None, *model_args: Any,
     """
     started = time.perf_counter()
     options = LoadOptions.take(kwargs)
-    device = _single_device(options.device_map) if is_one_device(options.device_map) else None
+    device = single_device(options.device_map) if is_one_device(options.device_map) else None
     check_dtype(options.dtype)
+    _check_generation_config(options.generation_config)
     source = _source(path, options)
     checkpoint = _open(source, options)
     config, kwargs = _config(cls, source, checkpoint, options, kwargs)
+    check_depth(config, checkpoint, path)
     dtype = resolve_dtype(options.dtype, config, checkpoint)
     model = build_empty(cls, config, *model_args, **kwargs)
     model.name_or_path = "" if path is None else str(path)
@@ -84,16 +89,17 @@ def from_pretrained(cls: type[Model], path: str | Path | None, *model_args: Any,
         layouts=_layouts(checkpoint),
         source=path,
     )
+    model.generation_config = _generation_config(model, source, options)
     read = state_dict_reader(options.state_dict) if options.state_dict is not None else None
     if device is not None:
         execute(model, plan, device, read or mapped_reader(copy_all=options.disable_mmap), options.progress)
     else:
         plan = execute_placed(model, plan, skeleton, read, options, dtype)
     config.dtype = dtype_name_of(model.dtype)
-    model.generation_config = _generation_config(model, source, options)
+    model._checkpoint_names = dict(plan.renamed)
     model.eval()
     if options.device_map is not None and device is not None:
-        model.hf_device_map = {"": _map_entry(device)}
+        model.hf_device_map = {"": home_name(device)}
     report = LoadReport(
         model=cls.__name__,
         source=str(path) if path is not None else "state_dict",
@@ -125,13 +131,17 @@ def from_config(
         config.update({"attn_implementation": attn_implementation})
     dtype = torch_dtype if dtype is None else dtype
     check_dtype(dtype)
-    wanted = config.dtype if dtype in (None, "auto") else floating_dtype_name(str(dtype))
+    wanted = _config_dtype(config) if dtype in (None, "auto") else floating_dtype_name(str(dtype))
     model = build_empty(cls, config, *model_args, **kwargs)
+    device = torch.get_default_device()
+    if device.type == "meta":
+        config.dtype = wanted or DEFAULT_DTYPE
+        return model.to(TORCH_DTYPES[config.dtype]).train()
     skeleton = skeleton_of(model)
     # Every weight is missing from a checkpoint that does not exist: the same plan, the same executor.
     policy = policy_of(model, LoadOptions(allow_missing=True), wanted or DEFAULT_DTYPE)
     plan = plan_load(Checkpoint({}, (), "none"), skeleton, policy)
-    execute(model, plan, torch.get_default_device(), state_dict_reader({}), False, dtype=wanted)
+    execute(model, plan, device, state_dict_reader({}), False, dtype=wanted)
     config.dtype = dtype_name_of(model.dtype)
     return model.train()
 
@@ -147,18 +157,50 @@ def build_empty(cls: type[Model], config: PreTrainedConfig, *args: Any, **kwargs
 
     Raises:
         UnknownArgumentError: the constructor does not take one of them.
+        ConfigError: the config's sizes are beyond what a tensor can have.
     """
+    _check_arguments(cls, config, args, kwargs)
     try:
         with no_memory():
             return cls(config, *args, **kwargs)
-    except TypeError as error:
-        if kwargs and "unexpected keyword argument" in str(error):
-            raise UnknownArgumentError(
-                f"{cls.__name__} does not know the argument {next(iter(kwargs))!r}",
-                where=", ".join(kwargs),
-                mend="It is neither an option of from_pretrained, nor in the config, nor in the constructor.",
-            ) from error
+    except ConfigError as error:
+        if config.name_or_path and config.name_or_path not in str(error.where):
+            error.where = f"{error.where}, {config.name_or_path}" if error.where else config.name_or_path
         raise
+    except (RuntimeError, OverflowError) as error:
+        if isinstance(error, PretrainedError):
+            raise
+        raise ConfigError(
+            f"{cls.__name__} cannot be built with the sizes in its config",
+            where=config.name_or_path or None,
+            found=str(error).partition("\n")[0],
+            mend="Correct them in config.json or in the call.",
+        ) from error
+
+
+def _check_arguments(
+    cls: type[Any], config: PreTrainedConfig, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Raise for arguments that the constructor does not take, before anything is built."""
+    signature = inspect.signature(cls)
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
+    unknown = [] if takes_any else [name for name in kwargs if name not in signature.parameters]
+    if unknown:
+        of_config = config.has(unknown[0])
+        raise unknown_argument(
+            cls.__name__,
+            unknown,
+            [*signature.parameters, *(name for name in config.__dict__ if not name.startswith("_"))],
+            f"It is an attribute of the config: set config.{unknown[0]} on the config that you pass."
+            if of_config
+            else "It is neither an option of from_pretrained, nor in the config, nor in the constructor.",
+        )
+    try:
+        signature.bind(config, *args, **kwargs)
+    except TypeError as error:
+        raise UnknownArgumentError(
+            f"{cls.__name__} cannot be built from these arguments", where=str(error), expected=str(signature)
+        ) from error
 
 
 def skeleton_of(module: nn.Module) -> Skeleton:
@@ -351,9 +393,22 @@ def resolve_dtype(wanted: Any, config: PreTrainedConfig, checkpoint: Checkpoint)
     if checkpoint.format == "gguf":
         return DEFAULT_DTYPE
     if config.dtype is not None:
-        return config.dtype
-    floating = (info.dtype for info in checkpoint.tensors.values() if "float" in info.dtype)
-    return next(floating, DEFAULT_DTYPE)
+        return _config_dtype(config)
+    stored = (info.dtype for info in checkpoint.tensors.values())
+    return next((name for name in stored if name in DTYPES and DTYPES[name].is_loadable), DEFAULT_DTYPE)
+
+
+def _config_dtype(config: PreTrainedConfig) -> str | None:
+    """Return the dtype that a config names, having checked that weights can have it."""
+    try:
+        return None if config.dtype is None else floating_dtype_name(config.dtype)
+    except ArgumentError as error:
+        raise ConfigError(
+            f"The config's dtype is {config.dtype}, which weights cannot be loaded as",
+            where=config.name_or_path or "dtype",
+            expected=error.expected,
+            mend="Pass dtype='float32' or another one.",
+        ) from error
 
 
 # -- where things come from ----------------------------------------------------------------------
@@ -369,8 +424,12 @@ def _source(path: str | Path | None, options: LoadOptions) -> Source | None:
                 mend="Pass a name or path, or both config= and state_dict=.",
             )
         return None
-    if options.state_dict is not None and options.gguf_file is not None:
-        raise ArgumentError("state_dict and gguf_file both give the weights", where="state_dict, gguf_file")
+    if options.state_dict is not None:
+        raise ArgumentError(
+            "state_dict and the path both give the weights",
+            where="state_dict",
+            mend="To load these tensors pass None as the path and the config as config=.",
+        )
     return resolve(path, options.hub)
 
 
@@ -408,17 +467,32 @@ def _open(source: Source | None, options: LoadOptions) -> Checkpoint:
 def _state_dict_checkpoint(state_dict: Mapping[str, torch.Tensor]) -> Checkpoint:
     infos = {}
     for key, tensor in state_dict.items():
-        if not isinstance(tensor, torch.Tensor):
+        fault = _fault_of(key, tensor)
+        if fault is not None:
             raise ArgumentError(
-                "A value of state_dict is not a tensor",
+                "A value of state_dict is not a plain tensor with values",
                 where=f"state_dict[{key!r}]",
-                found=type(tensor).__name__,
+                expected="texts as keys, dense torch tensors as values",
+                found=fault,
             )
         nbytes = tensor.numel() * tensor.element_size()
         infos[key] = TensorInfo(
             key, dtype_name_of(tensor.dtype), tuple(tensor.shape), Path("state_dict"), 0, nbytes
         )
     return Checkpoint(infos, (), "state_dict")
+
+
+def _fault_of(key: Any, tensor: Any) -> str | None:
+    """Say what keeps an entry of a state dict from being a weight."""
+    if not isinstance(key, str):
+        return f"a key of type {type(key).__name__}"
+    if not isinstance(tensor, torch.Tensor):
+        return type(tensor).__name__
+    if tensor.is_meta:
+        return "a tensor on the device 'meta', which has no values"
+    if tensor.layout != torch.strided or tensor.dtype not in TORCH_DTYPES.values():
+        return f"a tensor of layout {tensor.layout} and dtype {tensor.dtype}"
+    return None
 
 
 def _config(
@@ -430,6 +504,8 @@ def _config(
 ) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """Return the config, and the arguments that are left for the constructor."""
     config = options.config
+    if "return_unused_kwargs" in kwargs:
+        raise unknown_argument(cls.__name__, ["return_unused_kwargs"], (), "It belongs to configs.")
     if isinstance(config, PreTrainedConfig):
         config, rest = copy.deepcopy(config), kwargs
     elif config is not None:
@@ -441,7 +517,20 @@ def _config(
         config, rest = cls.config_class.from_dict(values, return_unused_kwargs=True, **kwargs)
     if options.attn_implementation is not None:
         config.update({"attn_implementation": options.attn_implementation})
+    _refuse_quantized(config, source)
     return config, rest
+
+
+def _refuse_quantized(config: PreTrainedConfig, source: Source | None) -> None:
+    scheme = getattr(config, "quantization_config", None)
+    if scheme:
+        method = scheme.get("quant_method") if isinstance(scheme, Mapping) else type(scheme).__name__
+        raise NotYetError(
+            f"The config says that the weights are quantized ({method})",
+            where=f"quantization_config{'' if source is None else f', {source.name}'}",
+            mend="Loading them comes with the release of quantized loading; use the checkpoint in a plain "
+            "dtype, or a GGUF file. If these weights are plain, take quantization_config out of config.json.",
+        )
 
 
 def _config_values(source: Source, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -458,60 +547,27 @@ def _layouts(checkpoint: Checkpoint) -> Mapping[str, MappedTensor] | None:
     return gguf_key_map(gguf_architecture(metadata), gguf_config(metadata, tensors), tensors)
 
 
+def _check_generation_config(given: Any) -> None:
+    if not isinstance(given, GenerationConfig | Mapping | None):
+        raise ArgumentError(
+            "generation_config has a value of the wrong type",
+            where="generation_config",
+            expected="a GenerationConfig or a dictionary",
+            found=f"{type(given).__name__} {given!r}"[:200],
+            mend="To read one use GenerationConfig.from_pretrained(...).",
+        )
+
+
 def _generation_config(model: Any, source: Source | None, options: LoadOptions) -> Any:
     if not model.can_generate():
         return None
-    if options.generation_config is not None:
-        return options.generation_config
+    given = options.generation_config
+    if given is not None:
+        return GenerationConfig.from_dict(given) if isinstance(given, Mapping) else copy.deepcopy(given)
     file = None if source is None else source.file("generation_config.json", required=False)
     if file is None:
         return GenerationConfig.from_model_config(model.config)
     return GenerationConfig.from_dict(read_json_object(file))
-
-
-# -- where things go -----------------------------------------------------------------------------
-
-
-def _single_device(device_map: Any) -> torch.device:
-    """Return the one device that a map names."""
-    if device_map is None:
-        device = torch.get_default_device()
-        if device.type == "meta":
-            raise ArgumentError(
-                "Weights cannot be loaded inside torch.device('meta')",
-                where="torch.device context",
-                mend="Leave the context, or pass device_map='cpu'.",
-            )
-        return device
-    if isinstance(device_map, Mapping):
-        device_map = device_map[""]
-    if isinstance(device_map, bool) or (isinstance(device_map, int) and device_map < 0):
-        raise PlacementError("A device index is a number from 0 on", where="device_map", found=device_map)
-    return _device(device_map)
-
-
-def _device(name: Any) -> torch.device:
-    try:
-        device = torch.device(f"cuda:{name}" if isinstance(name, int) else name)
-    except (RuntimeError, TypeError) as error:
-        raise PlacementError(
-            f"Unknown device {name!r}",
-            where="device_map",
-            expected="'auto', 'cpu', 'cuda', 'cuda:0', a number, or {'': one of these}",
-        ) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise PlacementError(
-            "There is no such device here",
-            where="device_map",
-            expected="cpu",
-            found=str(device),
-            mend="Pass device_map='cpu' or 'auto', or install a PyTorch build for your accelerator.",
-        )
-    return device
-
-
-def _map_entry(device: torch.device) -> int | str:
-    return device.index or 0 if device.type == "cuda" else str(device)
 
 
 # -- after the bytes -----------------------------------------------------------------------------
@@ -527,12 +583,15 @@ def _usual_dtype(plan: LoadPlan) -> str:
 
 def _allocate(model: nn.Module, keys: Iterable[str], homes: Homes, dtype: torch.dtype) -> None:
     """Give weights that are to be initialised memory, with a first element that shows if none does it."""
+    slots: dict[str, tuple[torch.Tensor, torch.device]] = {}
     for key in keys:
         path, _, name = key.rpartition(".")
         module = model.get_submodule(path)
         old = module._parameters.get(name, module._buffers.get(name))
         assert old is not None
-        device = homes.resting(key, is_buffer=name in module._buffers)
+        slots[key] = (old, homes.resting(key, is_buffer=name in module._buffers))
+    check_memory({k: old.numel() * dtype.itemsize for k, (old, at) in slots.items() if at.type == "cpu"})
+    for key, (old, device) in slots.items():
         tensor = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype, device=device)
         if tensor.numel() and tensor.is_floating_point():
             tensor.view(-1)[0] = float("nan")

@@ -22,12 +22,14 @@ def token_loss(
         labels: [...], class indices or -100.
         num_items_in_batch: Labels in the whole accumulated batch, to divide the sum by; None for the
             mean over this call's labels.
+
+    Raises:
+        ArgumentError: a label is none of the classes (on a CPU; elsewhere the device says so).
     """
     logits = logits.float().reshape(-1, logits.shape[-1])
-    labels = labels.reshape(-1).to(logits.device)
     if num_items_in_batch is None:
-        return F.cross_entropy(logits, labels, ignore_index=IGNORED)
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / num_items_in_batch
+        return _cross_entropy(logits, labels)
+    return _cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
 
 
 def causal_lm_loss(
@@ -57,7 +59,7 @@ def sequence_classification_loss(
         config: Its `problem_type`, or where that is None `num_labels` and the labels' dtype, decide.
 
     Raises:
-        ArgumentError: an unknown problem_type.
+        ArgumentError: an unknown problem_type, or a label that is none of the classes.
     """
     kind = config.problem_type
     if kind is None:
@@ -70,7 +72,7 @@ def sequence_classification_loss(
             return F.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype))
         return F.mse_loss(logits, labels.to(logits.dtype))
     if kind == "single_label_classification":
-        return F.cross_entropy(logits.view(-1, config.num_labels), labels.view(-1))
+        return _cross_entropy(logits.view(-1, config.num_labels), labels)
     if kind == "multi_label_classification":
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
     raise ArgumentError(
@@ -98,6 +100,24 @@ def question_answering_loss(
     losses = []
     for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
         target = positions.squeeze(-1) if positions.dim() > 1 else positions
-        target = target.to(logits.device).clamp(0, length)
+        target = target.to(logits.device).long().clamp(0, length)
         losses.append(F.cross_entropy(logits, target, ignore_index=length))
     return (losses[0] + losses[1]) / 2
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    """Return the cross-entropy of [rows, classes] logits, naming a label that is none (on a CPU)."""
+    labels = labels.reshape(-1).to(logits.device).long()
+    if torch.compiler.is_compiling():
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction=reduction)
+    try:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction=reduction)
+    except IndexError as error:
+        # Only now: looking first would cost every step, and on a GPU a wait.
+        wrong = labels[((labels < 0) | (labels >= logits.shape[-1])) & (labels != IGNORED)]
+        raise ArgumentError(
+            "A label is none of the classes",
+            where="labels",
+            expected=f"0 to {logits.shape[-1] - 1}, or {IGNORED} to leave one out",
+            found=int(wrong[0]),
+        ) from error

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from pretrained.core.config import PreTrainedConfig
+from pretrained.core.config_values import hints
 from pretrained.core.generation_config import GenerationConfig
 from pretrained.core.keys import KeyRule
 from pretrained.core.options import refuse
 from pretrained.core.push import PushToHubMixin
-from pretrained.errors import ArgumentError
+from pretrained.errors import ArgumentError, UnknownArgumentError
 from pretrained.torch import load, save
 from pretrained.torch.attention import check_attn_implementation
 from pretrained.torch.embeddings_mixin import EmbeddingAccessMixin
@@ -38,7 +39,8 @@ class PreTrainedModel(nn.Module, EmbeddingAccessMixin, ModuleUtilsMixin, PushToH
         config: The model's configuration; kept as it is, not copied.
 
     Raises:
-        ArgumentError: `config` is not a config object.
+        ArgumentError: `config` is not a config object, or lacks what this class needs.
+        UnknownArgumentError: further arguments reached this base class, which takes none.
     """
 
     config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
@@ -57,13 +59,13 @@ class PreTrainedModel(nn.Module, EmbeddingAccessMixin, ModuleUtilsMixin, PushToH
 
     def __init__(self, config: PreTrainedConfig, *inputs: Any, **kwargs: Any) -> None:
         super().__init__()
-        if not isinstance(config, PreTrainedConfig):
-            raise ArgumentError(
-                f"{type(self).__name__} is built from a config object",
-                where="config",
-                expected="a PreTrainedConfig",
-                found=type(config).__name__,
-                mend=f"To load a model by name or path use {type(self).__name__}.from_pretrained(...).",
+        _check_config(type(self), config)
+        if inputs or kwargs:
+            # Whatever comes this far was meant for something, and nothing has taken it.
+            raise UnknownArgumentError(
+                f"{type(self).__name__} has no use for some arguments",
+                where=", ".join([*kwargs, *map(repr, inputs)])[:200],
+                mend="Leave them out, or take them in the __init__ of your class.",
             )
         check_attn_implementation(config.attn_implementation)
         self.config = config
@@ -73,7 +75,9 @@ class PreTrainedModel(nn.Module, EmbeddingAccessMixin, ModuleUtilsMixin, PushToH
 
     def post_init(self) -> None:
         """Initialise what is not yet initialised and tie what is tied; the end of every ``__init__``."""
-        if not any(parameter.is_meta for parameter in self.parameters()):
+        if any(parameter.is_meta for parameter in self.parameters()):
+            self.tie_weights()
+        else:
             self.init_weights()
 
     # -- facts ---------------------------------------------------------------------------------
@@ -185,7 +189,11 @@ class PreTrainedModel(nn.Module, EmbeddingAccessMixin, ModuleUtilsMixin, PushToH
             config: Its configuration; copied.
             **kwargs: `dtype` (None for the config's own), `attn_implementation`; the rest goes to the
                 constructor.
+
+        Raises:
+            ArgumentError: `config` is not a config object, or the dtype cannot be meant.
         """
+        _check_config(cls, config)
         refuse(kwargs)
         return load.from_config(cls, config, **kwargs)
 
@@ -221,3 +229,27 @@ class PreTrainedModel(nn.Module, EmbeddingAccessMixin, ModuleUtilsMixin, PushToH
         """
         check_attn_implementation(attn_implementation)
         self.config.update({"attn_implementation": attn_implementation})
+
+
+def _check_config(cls: type, config: Any) -> None:
+    if not isinstance(config, PreTrainedConfig):
+        raise ArgumentError(
+            f"{cls.__name__} is built from a config object",
+            where="config",
+            expected="a PreTrainedConfig",
+            found=type(config).__name__,
+            mend=f"To load a model by name or path use {cls.__name__}.from_pretrained(...).",
+        )
+    wanted = getattr(cls, "config_class", PreTrainedConfig)
+    if isinstance(config, wanted):
+        return
+    # A class of one's own may stand in, as long as it says all that the architecture asks for.
+    absent = [name for name in hints(wanted) if not hasattr(config, name)]
+    if absent:
+        raise ArgumentError(
+            f"{cls.__name__} is built from another kind of config",
+            where="config",
+            expected=wanted.__name__,
+            found=f"{type(config).__name__}, which lacks {', '.join(absent[:5])}",
+            mend="Use an Auto class, such as AutoModel.from_config(config), or the class of that config.",
+        )

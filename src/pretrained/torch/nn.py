@@ -146,31 +146,63 @@ class Conv1D(nn.Module):
         return f"nf={self.nf}, nx={self.nx}"
 
 
+# Functions with names rather than lambdas, so that a model that holds one can be pickled.
+
+
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _gelu_10(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x).clamp(-10, 10)
+
+
+def _identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _laplace(x: torch.Tensor) -> torch.Tensor:
+    # mu and sigma of Ma et al. 2022, arXiv:2209.10655, appendix B.3, as published code rounds them.
+    return 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0))))
+
+
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _relu_squared(x: torch.Tensor) -> torch.Tensor:
+    return F.relu(x).square()
+
+
+def _sqrt_softplus(x: torch.Tensor) -> torch.Tensor:
+    return F.softplus(x).sqrt()
+
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
-    "gelu_10": lambda x: F.gelu(x).clamp(-10, 10),
-    "gelu_accurate": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_10": _gelu_10,
+    "gelu_accurate": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
     "gelu_python": F.gelu,
-    "gelu_python_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
     "hardswish": F.hardswish,
-    "laplace": lambda x: 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0)))),
+    "laplace": _laplace,
     "leaky_relu": F.leaky_relu,
-    "linear": lambda x: x,
+    "linear": _identity,
     "mish": F.mish,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "quick_gelu": _quick_gelu,
     "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
+    "relu2": _relu_squared,
     "relu6": F.relu6,
     "selu": F.selu,
     "sigmoid": torch.sigmoid,
     "silu": F.silu,
-    "sqrtsoftplus": lambda x: F.softplus(x).sqrt(),
+    "sqrtsoftplus": _sqrt_softplus,
     "swish": F.silu,
     "tanh": torch.tanh,
-}  # fmt: skip
+}
 
 
 def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:

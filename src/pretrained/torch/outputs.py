@@ -53,18 +53,18 @@ class ModelOutput:
             name: Field name.
             default: What to return instead.
         """
-        value = getattr(self, name, None)
-        return default if value is None else value
+        return getattr(self, name) if name in self.keys() else default
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if isinstance(key, str):
-            value = getattr(self, key, None)
-            if value is None:
+            if key not in self.keys():
                 raise KeyError(key)
-            return value
+            return getattr(self, key)
         return self.to_tuple()[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
+        if key not in {f.name for f in fields(self)}:  # type: ignore[arg-type]
+            raise KeyError(f"{type(self).__name__} has no field {key!r}")
         setattr(self, key, value)
 
     def __contains__(self, key: object) -> bool:

@@ -1,22 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saving: what to write is decided first; then tensors stream out one at a time."""
+"""Saving: what to write is decided first; then tensors stream out one file at a time."""
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pretrained.core.atomic_files import errors_with_mend
+from pretrained.core.weights_names import candidates
 from pretrained.core.writer import plan_shards, write_checkpoint
-from pretrained.errors import ArgumentError
+from pretrained.errors import ArgumentError, FileError, NotYetError, UnknownArgumentError, did_you_mean
 from pretrained.torch.tensors import dtype_name_of
+from pretrained.torch.ties import head_tie
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SHARD_SIZE = "5GB"
+
+# Known to the ecosystem and not offered yet: name -> (values that ask for nothing, when to expect it).
+_LATER: dict[str, tuple[tuple[Any, ...], str]] = {
+    "save_peft_format": ((None, True), "It comes with the release of adapters."),
+    "distributed_checkpoint": ((None, False), "It comes with the release for several machines."),
+}
+
+SaveFunction = Callable[[dict[str, torch.Tensor], str], Any]
 
 
 class _TensorSource:
@@ -27,10 +40,16 @@ class _TensorSource:
         self.dtype = dtype_name_of(tensor.dtype)
         self.shape = tuple(tensor.shape)
 
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.numel() * self.tensor.element_size()
+
     def read(self) -> memoryview:
         tensor = self.tensor.detach().cpu().contiguous()
+        if not tensor.numel():
+            return memoryview(b"")
         # A buffer of plain bytes: numpy has no name for every dtype of torch.
-        return memoryview(tensor.view(-1).view(torch.uint8).numpy().data) if tensor.numel() else memoryview(b"")
+        return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
 def save_pretrained(
@@ -39,7 +58,7 @@ def save_pretrained(
     *,
     is_main_process: bool = True,
     state_dict: Mapping[str, torch.Tensor] | None = None,
-    save_function: Callable[[Any, Any], None] | None = None,
+    save_function: SaveFunction | None = None,
     push_to_hub: bool = False,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     safe_serialization: bool = True,
@@ -47,54 +66,68 @@ def save_pretrained(
     save_original_format: bool = True,
     **kwargs: Any,
 ) -> None:
-    """Write a model into a folder: config.json, generation_config.json and the weights.
+    """Write a model into a folder: the weights, config.json and generation_config.json.
+
+    Each file is written under a temporary name and renamed, so a reader finds the checkpoint that was there
+    or the new one. Saving into the folder that the model was loaded from is safe. Weights come first: no
+    fault in a config costs them.
 
     Args:
         model: A `PreTrainedModel`.
         save_directory: The folder; made where it is absent.
         is_main_process: False writes nothing: another process does.
         state_dict: Weights to write instead of the model's own.
-        save_function: Not offered yet, see Raises.
+        save_function: Writes one pickle, as ``save_function(tensors by name, path)``; None for
+            ``torch.save``. It has a say only with ``safe_serialization=False``.
         push_to_hub: Also push the folder's content; `kwargs` are then those of `push_to_hub`.
         max_shard_size: Most bytes a file may hold (a number, or "5GB", "200MB", "1GiB").
-        safe_serialization: False asks for pytorch_model.bin, which is not offered yet.
+        safe_serialization: True writes model.safetensors, False pytorch_model.bin, with an index where
+            the size makes several files.
         variant: Infix of the weights' file names.
         save_original_format: Give weights the names they had in the files they were loaded from, where
-            a key rule changed them.
+            an architecture's key rule changed them; False writes the names of the modules. What a
+            `key_mapping` renamed keeps the modules' names either way, so that the folder loads without it.
         **kwargs: `repo_id` and the other arguments of `push_to_hub`.
 
     Raises:
-        ArgumentError: an argument that cannot work, or the folder is a file.
-        FileError: the folder cannot be written, or the disk is full; an earlier checkpoint stays whole.
+        ArgumentError: an argument that cannot work, the folder is a file, or a weight has no values.
+        UnknownArgumentError: an argument that nothing takes.
+        NotYetError: an argument of a later release.
+        FileError: the folder cannot be written, or the disk is full, and an earlier checkpoint stays whole;
+            or pickles are to go where safetensors files, which loads prefer, already are.
+        ConfigError: the config cannot be written as JSON; the weights are.
     """
-    if not safe_serialization or save_function is not None:
+    _check_arguments(model, kwargs, push_to_hub=push_to_hub)
+    folder = _folder(save_directory)
+    if save_function is not None and not callable(save_function):
         raise ArgumentError(
-            "Only safetensors files are written",
-            where="safe_serialization, save_function",
-            mend="Leave both out; for a pickle, call torch.save(model.state_dict(), path) yourself.",
-        )
-    folder = Path(save_directory)
-    if folder.is_file():
-        raise ArgumentError(
-            "A model is saved into a folder", where=folder, found="a file", mend="Name a folder."
+            "save_function is not a function of (tensors by name, path)",
+            where="save_function",
+            found=repr(save_function)[:200],
         )
     if not is_main_process:
         return
-    tensors = {
-        key: _TensorSource(tensor)
-        for key, tensor in weights_to_write(model, state_dict, save_original_format).items()
-    }
-    folder.mkdir(parents=True, exist_ok=True)
+    weights = weights_to_write(model, state_dict, save_original_format)
+    sources = {key: _TensorSource(tensor) for key, tensor in weights.items()}
+    _check_values(weights)
+    names = {} if safe_serialization else {"file_stem": "pytorch_model", "suffix": ".bin"}
+    sizes = {key: source.nbytes for key, source in sources.items()}
+    plan = plan_shards(sizes, max_shard_size, variant=variant, **names)
+    with errors_with_mend(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if safe_serialization:
+        if save_function not in (None, torch.save):
+            logger.warning("save_function writes pickles; safetensors files are written without it.")
+        write_checkpoint(folder, plan, sources, {"format": "pt"}, variant=variant)
+    else:
+        _refuse_beside_safetensors(folder, variant)
+        write_file = _pickle_writer(weights, save_function or torch.save)
+        write_checkpoint(
+            folder, plan, sources, file_stem=plan.file_stem, variant=variant, write_file=write_file
+        )
     _write_configs(model, folder)
-    sizes = {key: source.tensor.numel() * source.tensor.element_size() for key, source in tensors.items()}
-    plan = plan_shards(sizes, max_shard_size, variant=variant)
-    write_checkpoint(folder, plan, tensors, {"format": "pt"}, variant=variant)
     if push_to_hub:
         model.push_to_hub(kwargs.pop("repo_id", None) or folder.name, **kwargs)
-    elif kwargs:
-        raise ArgumentError(
-            f"save_pretrained does not know the argument {next(iter(kwargs))!r}", where=", ".join(kwargs)
-        )
 
 
 def weights_to_write(
@@ -106,8 +139,20 @@ def weights_to_write(
         model: A `PreTrainedModel`.
         state_dict: Weights to write instead of the model's own.
         original_names: Undo renames by key rules.
+
+    Raises:
+        ArgumentError: `state_dict` is not a dictionary of tensors by name.
     """
+    if state_dict is not None and not isinstance(state_dict, Mapping):
+        raise ArgumentError("state_dict is not a dictionary", where="state_dict", found=type(state_dict))
     weights = dict(model.state_dict() if state_dict is None else state_dict)
+    for key, tensor in weights.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise ArgumentError(
+                "state_dict holds something else than tensors by name",
+                where=f"state_dict[{key!r}]",
+                found=type(tensor).__name__,
+            )
     for alias, owner in model.ties().items():
         # Written only where the two have come apart, for then the file must say so.
         if alias in weights and owner in weights and _same_memory(weights[alias], weights[owner]):
@@ -118,17 +163,106 @@ def weights_to_write(
     return {renamed.get(key, key): tensor for key, tensor in weights.items()}
 
 
+def _folder(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ArgumentError(
+            "A model is saved into a folder", where="save_directory", expected="its path", found=repr(path)
+        )
+    folder = Path(path)
+    if folder.is_file():
+        raise ArgumentError(
+            "A model is saved into a folder", where=folder, found="a file", mend="Name a folder."
+        )
+    return folder
+
+
 def _same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
     return (
-        first.data_ptr() == second.data_ptr()
+        first.device == second.device
+        and first.data_ptr() == second.data_ptr()
         and first.shape == second.shape
         and first.stride() == second.stride()
     )
 
 
+def _check_arguments(model: Any, kwargs: dict[str, Any], *, push_to_hub: bool) -> None:
+    for name, (idle, release) in _LATER.items():
+        if kwargs.pop(name, None) not in idle:
+            raise NotYetError(f"save_pretrained does not offer {name} yet", where=name, mend=release)
+    known = [*inspect.signature(save_pretrained).parameters][2:-1]
+    takes = ["repo_id", *inspect.signature(model.push_to_hub).parameters] if push_to_hub else []
+    for name in kwargs:
+        if name not in takes:
+            only_push = name in inspect.signature(model.push_to_hub).parameters
+            raise UnknownArgumentError(
+                f"save_pretrained does not know the argument {name!r}",
+                where=name,
+                mend="It belongs to push_to_hub=True."
+                if only_push and not push_to_hub
+                else did_you_mean(name, [*known, *takes]) or "Leave it out.",
+            )
+
+
+def _check_values(weights: Mapping[str, torch.Tensor]) -> None:
+    empty = [key for key, tensor in weights.items() if tensor.is_meta]
+    if empty:
+        raise ArgumentError(
+            f"{len(empty)} weights have no values to save, such as {empty[0]!r}",
+            where="torch.device('meta')",
+            mend="Give the model memory first, or pass the values as state_dict=.",
+        )
+
+
+def _refuse_beside_safetensors(folder: Path, variant: str | None) -> None:
+    """Raise where a pickle would be written that no load would ever find."""
+    present = [name for name in candidates(variant, True) if (folder / name).exists()]
+    if present:
+        raise FileError(
+            f"The folder holds {present[0]}, which is loaded instead of pytorch_model.bin",
+            where=folder,
+            mend="Save into another folder, or remove that file first if it is out of date.",
+        )
+
+
+def _pickle_writer(
+    weights: Mapping[str, torch.Tensor], save_function: SaveFunction
+) -> Callable[[Path, Sequence[str]], None]:
+    """Return what writes one pickle of tensors, in memory of their own: a pickle stores whole storages."""
+
+    def write(file: Path, keys: Sequence[str]) -> None:
+        shard = {key: _compact(weights[key]) for key in keys}
+        try:
+            save_function(shard, str(file))
+        except RuntimeError as error:  # torch's writer says so of a full disk
+            raise FileError(
+                "Writing failed; what was there before is intact", where=file.parent, found=str(error)
+            ) from error
+        if not file.is_file():
+            raise ArgumentError(
+                "save_function did not write the file that it was given",
+                where="save_function",
+                expected="a file at the path that is its second argument",
+            )
+
+    return write
+
+
+def _compact(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    own = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if own else tensor.clone()
+
+
 def _write_configs(model: Any, folder: Path) -> None:
     config = model.config
-    config.update({"architectures": [type(model).__name__], "dtype": str(model.dtype)})
+    # Set one by one and not by `update`, which would refuse a config that contradicts itself.
+    config.architectures, config.dtype = [type(model).__name__], dtype_name_of(model.dtype)
+    alias, owner = head_tie(model)
+    if alias is not None and config.tie_word_embeddings:
+        weights = model.state_dict(keep_vars=True)
+        if alias in weights and owner in weights and not _same_memory(weights[alias], weights[owner]):
+            logger.warning("%s is no longer tied to %s; the config now says so.", alias, owner)
+            config.tie_word_embeddings = False
     config.save_pretrained(folder)
     if model.generation_config is not None:
         try:

@@ -15,6 +15,7 @@ from pretrained.core.dtypes import DTYPES
 from pretrained.core.ggml import dequantize
 from pretrained.core.plan import LoadStep
 from pretrained.core.reader import MappedFiles
+from pretrained.errors import ArgumentError
 
 Read = Callable[[LoadStep, torch.device], torch.Tensor]
 
@@ -27,7 +28,12 @@ def dtype_name_of(dtype: torch.dtype) -> str:
 
     Args:
         dtype: For example ``torch.bfloat16``.
+
+    Raises:
+        ArgumentError: no file format here holds it.
     """
+    if dtype not in _NAMES:
+        raise ArgumentError(f"Tensors of {dtype} cannot be stored", where="dtype", expected=", ".join(DTYPES))
     return _NAMES[dtype]
 
 

@@ -41,7 +41,7 @@ def settle_ties(
     """
     config = model.config
     said = config.tie_word_embeddings
-    alias, owner = _head(model)
+    alias, owner = head_tie(model)
     if alias is None:
         return
     group = [owner, *(key for key, target in model.ties().items() if target == owner and key != alias)]
@@ -67,8 +67,15 @@ def settle_ties(
         config.tie_word_embeddings = tied
 
 
-def _head(model: Any) -> tuple[str | None, str]:
-    """Return the alias and the owner of the tie that `tie_word_embeddings` decides about, if any."""
+def head_tie(model: Any) -> tuple[str | None, str]:
+    """Return the alias and the owner of the tie that `tie_word_embeddings` decides about.
+
+    Args:
+        model: A model, with or without memory.
+
+    Returns:
+        Two keys; None and an empty text where the config decides about no tie.
+    """
     config = model.config
     said, ties = config.tie_word_embeddings, {}
     for word in (True, False):

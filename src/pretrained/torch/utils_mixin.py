@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,12 +19,13 @@ class ModuleUtilsMixin:
     @property
     def device(self) -> torch.device:
         """Device of the first parameter (or buffer, where there are no parameters)."""
-        return _first(self).device
+        return next(_tensors(self)).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the first floating parameter (or buffer)."""
-        return _first(self, floating=True).dtype
+        """Dtype of the first floating parameter (or buffer); of the first at all where none floats."""
+        floating = (tensor for tensor in _tensors(self) if tensor.is_floating_point())
+        return next(floating, next(_tensors(self))).dtype
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Count the parameters, tied ones once.
@@ -182,10 +184,10 @@ def _wrong_rank(
     return ArgumentError(f"{name} has the wrong rank", where=name, expected=expected, found=list(mask.shape))
 
 
-def _first(module: Any, floating: bool = False) -> torch.Tensor:
-    """Return the first parameter or buffer, preferring parameters and, if asked, floating ones."""
-    for tensors in (module.parameters(), module.buffers()):
-        for tensor in tensors:
-            if tensor.is_floating_point() or not floating:
-                return tensor
-    raise ArgumentError(f"{type(module).__name__} has no parameters", where="model")
+def _tensors(module: Any) -> Iterator[torch.Tensor]:
+    """Return the parameters and then the buffers of a module that has any."""
+    tensors = chain(module.parameters(), module.buffers())
+    first = next(tensors, None)
+    if first is None:
+        raise ArgumentError(f"{type(module).__name__} has no parameters", where="model")
+    return chain((first,), tensors)

@@ -23,6 +23,11 @@ def test_bfloat16_outputs_are_as_near_as_the_oracles(case):
 
 
 @pytest.mark.parametrize("case", **ids)
+def test_every_part_equals_the_oracles(case):
+    battery.check_submodules(case, transformers_twin)
+
+
+@pytest.mark.parametrize("case", **ids)
 def test_attentions_equal_the_oracles(case):
     battery.check_attentions(case, transformers_twin)
 
@@ -51,6 +56,11 @@ def test_cached_equals_uncached(case, static):
 @pytest.mark.parametrize("case", **ids)
 def test_save_and_load_lose_nothing(case, tmp_path):
     battery.check_round_trip(case, tmp_path)
+
+
+@pytest.mark.parametrize("case", **ids)
+def test_pickled_models_come_back(case):
+    battery.check_pickle(case)
 
 
 @pytest.mark.parametrize("case", **ids)

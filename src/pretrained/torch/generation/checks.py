@@ -56,7 +56,7 @@ def check_ids(ids: Any, vocab_size: int | None, name: str, *, may_be_empty: bool
                 f"Token id {int(checked[row, position])} is outside the vocabulary",
                 where=f"{name}, row {row}, position {position}",
                 expected=f"0 to {vocab_size - 1}",
-                mend="Use the tokenizer that belongs to this model, or model.resize_token_embeddings(...).",
+                mend="Use the tokenizer that belongs to this model.",
             )
     return checked
 

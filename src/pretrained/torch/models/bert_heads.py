@@ -76,7 +76,7 @@ class LanguageHead(Head):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is self.get_submodule(self._head_path):
-            nn.init.zeros_(module.bias)
+            nn.init.zeros_(module.get_parameter("bias"))
 
     def predict(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Turn [B, T, D] into logits [B, T, V]."""

@@ -53,6 +53,8 @@ class LlamaAttention(nn.Module):
         self.config, self.layer_idx = config, layer_idx
         self.head_dim = config.head_size
         self.scaling = self.head_dim**-0.5
+        # Attention functions written for the ecosystem read it from the module.
+        self.num_key_value_groups = config.num_attention_heads // config.kv_heads
         self.rotates = config.rotates(layer_idx)
         self.window = config.window(layer_idx)
         hidden, queries, keys = (
@@ -216,9 +218,7 @@ class LlamaModel(LlamaPreTrainedModel):
                 continue
             kv_length, kv_offset = x.shape[1], 0
             if cache is not None:
-                kv_length, kv_offset = cache.get_mask_sizes(
-                    x.shape[1], layer_idx, cache_position
-                )
+                kv_length, kv_offset = cache.get_mask_sizes(x.shape[1], layer_idx, cache_position)
             masks[window] = causal_mask(
                 query_length=x.shape[1],
                 kv_length=kv_length,

@@ -6,7 +6,7 @@ Shapes: B batch, T new tokens, S keys (cached and new ones, or the encoder's), D
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -150,7 +150,8 @@ class T5Stack(T5PreTrainedModel):
         all_weights: tuple[Any, ...] = ()
         all_cross: tuple[Any, ...] = ()
         biased_mask = None
-        for block in self.block:
+        blocks: Iterable[Any] = self.block
+        for block in blocks:
             all_hidden += (x,)
             attention = block.layer[0].SelfAttention
             if attention.relative_attention_bias is not None:
