@@ -4,6 +4,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -188,3 +189,12 @@ def test_it_needs_no_framework_and_little_time(t0pp):
     has_torch, seconds = done.stdout.splitlines()[-1].split()
     assert has_torch == "False"
     assert float(seconds) < 2  # 0.3 s on an idle machine; tests share theirs
+
+
+def test_the_picture_in_the_docs_is_the_one_that_is_drawn(capsys, tmp_path, monkeypatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    words = ["--max-memory", "0=7GiB,1=9GiB,cpu=3GiB", "--dtype", "bf16", "--svg", tmp_path / "plan.svg"]
+    run_plan(capsys, "tests/data/t0pp", *words)
+    drawn, shown = (tmp_path / "plan.svg").read_text(), (root / "docs" / "placement.svg").read_text()
+    assert drawn == shown, "draw it anew with the first command of docs/PLACEMENT.md"
