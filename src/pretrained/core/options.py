@@ -109,6 +109,9 @@ class LoadOptions:
         output_loading_info: Return ``(model, info)``.
         attn_implementation: Name of the attention implementation.
         generation_config: Replaces the one beside the weights.
+        quantization_config: How to store dense layers: a `QuantizationConfig` or its dictionary.
+        load_in_8bit: Short for ``{"quant_method": "int8"}``.
+        load_in_4bit: Short for ``{"quant_method": "int4"}``.
         disable_mmap: Read files into memory of their own instead of mapping them.
         progress: False for none, a function ``(bytes, total, stage)``, or None for a bar on a terminal.
     """
@@ -131,6 +134,9 @@ class LoadOptions:
     output_loading_info: bool = False
     attn_implementation: str | None = None
     generation_config: Any = None
+    quantization_config: Any = None
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
     disable_mmap: bool = False
     progress: Progress | bool | None = None
 

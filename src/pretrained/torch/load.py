@@ -45,6 +45,9 @@ from pretrained.torch.devices import check_memory, home_name, single_device
 from pretrained.torch.dispatch import Homes, attach, home_of
 from pretrained.torch.empty import no_memory
 from pretrained.torch.initialise import initialise_missing
+from pretrained.torch.quantize import Quantizer, all_ties, quantizer_for
+from pretrained.torch.quantized import IntegerLeaf
+from pretrained.torch.quantized_ops import Packed
 from pretrained.torch.offload import DiskWeights
 from pretrained.torch.place import blocks_of, is_one_device, on_disk, place, placed_reader, sizes_of
 from pretrained.torch.tensors import TORCH_DTYPES, Read, dtype_name_of, mapped_reader, state_dict_reader
@@ -81,6 +84,8 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     model.name_or_path = "" if path is None else str(path)
     if checkpoint.format != "gguf":
         settle_ties(model, checkpoint, key_mapping=options.key_mapping, state_dict=options.state_dict)
+    quantizer = quantizer_for(config, checkpoint, options, dtype)
+    quantizer.prepare(model, checkpoint)
     skeleton = skeleton_of(model)
     plan = plan_load(
         checkpoint,
@@ -92,9 +97,10 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     model.generation_config = _generation_config(model, source, options)
     read = state_dict_reader(options.state_dict) if options.state_dict is not None else None
     if device is not None:
-        execute(model, plan, device, read or mapped_reader(copy_all=options.disable_mmap), options.progress)
+        plan, read = quantizer.wrap(model, plan, read or mapped_reader(copy_all=options.disable_mmap))
+        execute(model, plan, device, read, options.progress, dtype=dtype)
     else:
-        plan = execute_placed(model, plan, skeleton, read, options, dtype)
+        plan = execute_placed(model, plan, skeleton, read, options, dtype, quantizer)
     config.dtype = dtype_name_of(model.dtype)
     model._checkpoint_names = dict(plan.renamed)
     model.eval()
@@ -108,6 +114,7 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
         mismatched=plan.mismatched,
         dropped=plan.dropped,
         dtypes=plan.dtypes,
+        quantized=quantizer.errors,
         nbytes_read=plan.nbytes_to_read,
         load_s=time.perf_counter() - started,
     )
@@ -127,6 +134,8 @@ def from_config(
 ) -> Model:
     """Build a model with new weights; `PreTrainedModel._from_config` documents the arguments."""
     config = copy.deepcopy(config)
+    # New weights are plain; the entry speaks of the files that the config came with.
+    config.__dict__.pop("quantization_config", None)
     if attn_implementation is not None:
         config.update({"attn_implementation": attn_implementation})
     dtype = torch_dtype if dtype is None else dtype
@@ -219,8 +228,7 @@ def skeleton_of(module: nn.Module) -> Skeleton:
             key = f"{prefix}.{name}" if prefix else name
             held = derived if name in part._non_persistent_buffers_set else params
             held[key] = ParamSpec(key, tuple(buffer.shape), is_buffer=True)
-    declared = getattr(module, "ties", None)
-    ties = declared() if callable(declared) else {}
+    ties = all_ties(module)
     return Skeleton(params, {alias: owner for alias, owner in ties.items() if alias in params}, derived)
 
 
@@ -289,7 +297,13 @@ def execute(
 
 
 def execute_placed(
-    model: Any, plan: LoadPlan, skeleton: Skeleton, read: Read | None, options: LoadOptions, dtype: str | None
+    model: Any,
+    plan: LoadPlan,
+    skeleton: Skeleton,
+    read: Read | None,
+    options: LoadOptions,
+    dtype: str | None,
+    quantizer: Quantizer,
 ) -> LoadPlan:
     """Carry a plan out over several homes and make the model run from them.
 
@@ -300,14 +314,17 @@ def execute_placed(
         read: Reads weights that are in no file; None for weights in files.
         options: The call's device map, budgets and offload folder.
         dtype: Name of the dtype that weights are loaded as.
+        quantizer: What is quantized on the way.
 
     Returns:
         The plan as carried out, with the converted copies as sources.
     """
+    plan, quantized = quantizer.wrap(model, plan, read or mapped_reader(copy_all=options.disable_mmap))
+    skeleton = skeleton_of(model) if quantizer.is_active else skeleton
     homes = place(
         options.device_map,
         skeleton,
-        sizes_of(skeleton, plan, dtype or _usual_dtype(plan)),
+        quantizer.sizes(model, sizes_of(skeleton, plan, dtype or _usual_dtype(plan))),
         blocks=blocks_of(model, model._no_split_modules),
         modules=[path for path, _ in model.named_modules()],
         max_memory=options.max_memory,
@@ -319,9 +336,10 @@ def execute_placed(
             where="disable_mmap, device_map",
             mend="Leave disable_mmap out, or place everything on devices and 'cpu'.",
         )
+    quantizer.check_homes(homes.device_map.values())
     buffers, store = buffers_of(model), DiskWeights()
     plan = on_disk(plan, homes, buffers, store, read, options.offload_folder)
-    reader = placed_reader(read or mapped_reader(copy_all=options.disable_mmap), homes, buffers, store)
+    reader = placed_reader(quantized, homes, buffers, store)
     execute(model, plan, homes, reader, options.progress)
     attach(model, homes, store, skip_keys=getattr(model, "_skip_keys_device_placement", None) or ())
     model.hf_device_map = dict(homes.device_map)
@@ -349,7 +367,7 @@ def _read_all(
         yield from zip(plan.steps, pool.map(read, plan.steps), strict=True)
 
 
-def assign(model: nn.Module, key: str, tensor: torch.Tensor) -> None:
+def assign(model: nn.Module, key: str, tensor: torch.Tensor | Packed) -> None:
     """Put a tensor where a key says, keeping whether it is trained.
 
     Args:
@@ -360,7 +378,10 @@ def assign(model: nn.Module, key: str, tensor: torch.Tensor) -> None:
     path, _, name = key.rpartition(".")
     module = model.get_submodule(path)
     old = module._parameters.get(name)
-    if old is not None:
+    if isinstance(tensor, Packed):
+        assert isinstance(module, IntegerLeaf)
+        module.fill(tensor)
+    elif old is not None:
         trained = old.requires_grad and tensor.is_floating_point()
         module._parameters[name] = nn.Parameter(tensor, requires_grad=trained)
     else:

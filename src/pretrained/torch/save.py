@@ -16,6 +16,7 @@ from pretrained.core.atomic_files import errors_with_mend
 from pretrained.core.weights_names import candidates
 from pretrained.core.writer import plan_shards, write_checkpoint
 from pretrained.errors import ArgumentError, FileError, NotYetError, UnknownArgumentError, did_you_mean
+from pretrained.torch.quantize import all_ties
 from pretrained.torch.tensors import dtype_name_of
 from pretrained.torch.ties import head_tie
 
@@ -153,7 +154,7 @@ def weights_to_write(
                 where=f"state_dict[{key!r}]",
                 found=type(tensor).__name__,
             )
-    for alias, owner in model.ties().items():
+    for alias, owner in all_ties(model).items():
         # Written only where the two have come apart, for then the file must say so.
         if alias in weights and owner in weights and _same_memory(weights[alias], weights[owner]):
             del weights[alias]
