@@ -28,16 +28,12 @@ _RETIRED = {
     "mirror": "Set HF_ENDPOINT to the mirror's address instead.",
 }
 
-_QUANTIZED = "It comes with the release of quantized loading."
 _MACHINES = "It comes with the release for several machines."
 _ADAPTERS = "It comes with the release of adapters."
 _UNPLANNED = "No release is planned to have it; leave it out."
 
 # Known to the ecosystem and not offered yet: name -> (values that ask for nothing, when to expect it).
 _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
-    "quantization_config": ((None,), _QUANTIZED),
-    "load_in_8bit": ((None, False), _QUANTIZED),
-    "load_in_4bit": ((None, False), _QUANTIZED),
     "from_tf": ((None, False), "It comes with the release of the TensorFlow backend."),
     "from_flax": ((None, False), "It comes with the release of the Flax backend."),
     "tp_plan": ((None,), _MACHINES),

@@ -103,6 +103,7 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
         plan = execute_placed(model, plan, skeleton, read, options, dtype, quantizer)
     config.dtype = dtype_name_of(model.dtype)
     model._checkpoint_names = dict(plan.renamed)
+    quantizer.finish(model)
     model.eval()
     if options.device_map is not None and device is not None:
         model.hf_device_map = {"": home_name(device)}

@@ -387,6 +387,10 @@ class _Quantizing(Quantizer):
     def finish(self, model: Any) -> None:
         """Say in the config what the model holds, and make its layers ready."""
         use_kernel_layouts(model)
+        # A rule knows `weight` but not the scales beside it, so these keep the model's own names.
+        own = {f"{path}.weight" for path in quantized_leaves(model)}
+        names = getattr(model, "_checkpoint_names", {})
+        model._checkpoint_names = {key: name for key, name in names.items() if key not in own}
         model.config.quantization_config = self.config.to_dict()
 
     @property
