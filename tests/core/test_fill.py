@@ -92,6 +92,11 @@ def test_even_shares(loads, rooms, expected):
     assert sorted(found) == sorted(expected)
 
 
+def test_a_device_with_less_than_no_room_takes_nothing_not_even_what_has_no_size():
+    assert spread(running_totals([1, 0]), [1, -1]) == [2, 2]
+    assert spare_first(running_totals([1]), [-1, 1]) == [0, 1]
+
+
 def test_least_ends():
     totals = running_totals([3, 1, 1, 1])
     assert least_ends(totals, [9, 1, 2]) == [1, 2, 4]

@@ -98,7 +98,8 @@ def least_ends(totals: Totals, rooms: Sequence[int]) -> list[int]:
     """
     ends = [len(totals) - 1]
     for room in reversed(rooms[1:]):
-        ends.append(min(ends[-1], bisect_left(totals, totals[ends[-1]] - max(room, 0))))
+        last = ends[-1]
+        ends.append(last if room < 0 else min(last, bisect_left(totals, totals[last] - room)))
     return ends[::-1]
 
 
@@ -112,7 +113,7 @@ def spare_first(totals: Totals, rooms: Sequence[int]) -> list[int] | None:
     if len(rooms) == 1:
         return spread(totals, rooms)
     first = least_ends(totals, rooms)[0]
-    if totals[first] > rooms[0]:
+    if first > 0 and totals[first] > rooms[0]:
         return None
     rest = [total - totals[first] for total in totals[first:]]
     ends = spread(rest, rooms[1:])
