@@ -217,11 +217,12 @@ def requested_quantization(
     return config
 
 
-def stored_quantization(value: Any) -> QuantizationConfig | None:
+def stored_quantization(value: Any, *, where: str = "config.json") -> QuantizationConfig | None:
     """Return the scheme that a checkpoint was saved in, from its config.json.
 
     Args:
         value: ``quantization_config`` of the config; None means plain weights.
+        where: What to name in errors.
 
     Raises:
         NotYetError: the checkpoint was quantized by another library.
@@ -235,8 +236,8 @@ def stored_quantization(value: Any) -> QuantizationConfig | None:
         method = "bitsandbytes"
     if method in _FOREIGN:
         raise NotYetError(
-            f"Checkpoints that {method} has quantized are not read yet",
-            where="quantization_config in config.json",
+            f"The config says that the weights are quantized ({method}), which is not read yet",
+            where=f"quantization_config, {where}",
             mend="Take the unquantized checkpoint and pass quantization_config={'quant_method': 'int4'} (or "
             "'int8').",
         )

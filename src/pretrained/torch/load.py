@@ -45,7 +45,7 @@ from pretrained.torch.devices import check_memory, home_name, single_device
 from pretrained.torch.dispatch import Homes, attach, home_of
 from pretrained.torch.empty import no_memory
 from pretrained.torch.initialise import initialise_missing
-from pretrained.torch.quantize import Quantizer, all_ties, quantizer_for
+from pretrained.torch.quantize import Quantizer, all_ties, packed_keys, quantizer_for
 from pretrained.torch.quantized import IntegerLeaf
 from pretrained.torch.quantized_ops import Packed
 from pretrained.torch.offload import DiskWeights
@@ -253,6 +253,7 @@ def policy_of(model: Any, options: LoadOptions, dtype: str | None) -> LoadPolicy
         rules=tuple(model.key_rules),
         base_prefix=model.base_model_prefix,
         allow_missing=options.allow_missing,
+        packed=packed_keys(model),
     )
 
 
@@ -539,20 +540,7 @@ def _config(
         config, rest = cls.config_class.from_dict(values, return_unused_kwargs=True, **kwargs)
     if options.attn_implementation is not None:
         config.update({"attn_implementation": options.attn_implementation})
-    _refuse_quantized(config, source)
     return config, rest
-
-
-def _refuse_quantized(config: PreTrainedConfig, source: Source | None) -> None:
-    scheme = getattr(config, "quantization_config", None)
-    if scheme:
-        method = scheme.get("quant_method") if isinstance(scheme, Mapping) else type(scheme).__name__
-        raise NotYetError(
-            f"The config says that the weights are quantized ({method})",
-            where=f"quantization_config{'' if source is None else f', {source.name}'}",
-            mend="Loading them comes with the release of quantized loading; use the checkpoint in a plain "
-            "dtype, or a GGUF file. If these weights are plain, take quantization_config out of config.json.",
-        )
 
 
 def _config_values(source: Source, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -216,6 +216,20 @@ def quantized_leaves(model: nn.Module) -> dict[str, QuantizedLeaf]:
     return {path: module for path, module in found if isinstance(module, QuantizedLeaf)}
 
 
+def packed_keys(model: nn.Module) -> frozenset[str]:
+    """Return the keys of integers and scales.
+
+    Args:
+        model: Any module.
+    """
+    return frozenset(
+        f"{path}.{name}"
+        for path, leaf in quantized_leaves(model).items()
+        for name, _ in leaf.named_parameters()
+        if name != "bias"
+    )
+
+
 def all_ties(model: Any) -> dict[str, str]:
     """Return the model's ties, with those of the scales of quantized weights.
 
@@ -413,6 +427,13 @@ class Restoring(_Quantizing):
             leaves = self._gguf_leaves(model, modules)
         else:
             leaves = self._integer_leaves(model, modules, checkpoint)
+        if not leaves:
+            raise WeightsError(
+                f"The config says that the weights are quantized ({self.config.quant_method}), and the files "
+                "hold plain ones",
+                where=checkpoint.files[0] if checkpoint.files else "state_dict",
+                mend="Take quantization_config out of config.json, or pass it as an argument to quantize them.",
+            )
         for path, leaf in leaves.items():
             put(model, path, leaf)
 
@@ -470,19 +491,14 @@ class Restoring(_Quantizing):
         return {path: gguf_leaf(modules[path], types[found[path]], self.torch_dtype) for path in found}
 
     def wrap(self, model: Any, plan: LoadPlan, read: Read) -> tuple[LoadPlan, Read]:
-        """Read scales as they are stored, whatever the dtype of the plain weights."""
-        keys = {f"{path}.{name}" for path in quantized_leaves(model) for name in ("weight", *_SCALES)}
-        self._check_whole(plan, keys)
-        steps = tuple(
-            dataclasses.replace(step, dtype=step.source.dtype) if step.key in keys else step
-            for step in plan.steps
-        )
-        return dataclasses.replace(plan, steps=steps), read
+        """Change nothing: the plan reads integers and scales as they are stored."""
+        self._check_whole(plan, packed_keys(model))
+        return plan, read
 
     def check_homes(self, homes: Iterable[Any]) -> None:
         """Allow the disk: what was saved is used as it lies."""
 
-    def _check_whole(self, plan: LoadPlan, keys: set[str]) -> None:
+    def _check_whole(self, plan: LoadPlan, keys: frozenset[str]) -> None:
         absent = [key for key in plan.initialise if key in keys and key not in plan.ties]
         if absent:
             raise WeightsError(
@@ -595,7 +611,9 @@ def quantizer_for(config: Any, checkpoint: Checkpoint, options: LoadOptions, dty
     wanted = requested_quantization(
         options.quantization_config, load_in_8bit=options.load_in_8bit, load_in_4bit=options.load_in_4bit
     )
-    stored = stored_quantization(getattr(config, "quantization_config", None))
+    stored = stored_quantization(
+        getattr(config, "quantization_config", None), where=config.name_or_path or "config"
+    )
     if stored is not None and checkpoint.format != "none":
         if wanted is not None and wanted.quant_method != stored.quant_method:
             raise ArgumentError(
