@@ -196,6 +196,16 @@ def remove_hooks(model: nn.Module) -> None:
     del model._dispatch
 
 
+def disk_weights_of(model: nn.Module) -> DiskWeights | None:
+    """Return a placed model's weights on disk, or None for a model that was not placed.
+
+    Args:
+        model: Any module.
+    """
+    dispatch = model.__dict__.get("_dispatch")
+    return None if dispatch is None else dispatch.store
+
+
 def leave(model: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Prepare a placed model for `.to`, `.half` and the like: all weights come out of their homes.
 

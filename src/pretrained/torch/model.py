@@ -21,13 +21,14 @@ from pretrained.torch import load, save
 from pretrained.torch.attention import check_attn_implementation
 from pretrained.torch.embeddings_mixin import EmbeddingAccessMixin
 from pretrained.torch.initialise import initialise, initialise_module
+from pretrained.torch.placed_mixin import PlacedModelMixin
 from pretrained.torch.quantize import all_ties
 from pretrained.torch.quantized_mixin import QuantizedModelMixin
 from pretrained.torch.utils_mixin import ModuleUtilsMixin
 
 
 class PreTrainedModel(
-    QuantizedModelMixin, nn.Module, EmbeddingAccessMixin, ModuleUtilsMixin, PushToHubMixin
+    QuantizedModelMixin, PlacedModelMixin, nn.Module, EmbeddingAccessMixin, ModuleUtilsMixin, PushToHubMixin
 ):
     """Base of every model.
 

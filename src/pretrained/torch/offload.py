@@ -206,6 +206,33 @@ class DiskWeights:
         return sum(span.info.nbytes for span in self._spans.values())
 
 
+class ReleaseBehind:
+    """Lets go of one weight when the next is read, so that a pass over a model holds one at a time.
+
+    Args:
+        store: The model's weights on disk, or None for a model without.
+    """
+
+    def __init__(self, store: DiskWeights | None) -> None:
+        self._store = store
+        self._last: Span | None = None
+
+    def enter(self, tensor: torch.Tensor) -> None:
+        """Note that a weight is read now.
+
+        Args:
+            tensor: Any weight.
+
+        Raises:
+            CheckpointError: its file was changed.
+        """
+        if self._last is not None:
+            self._last.release()
+        self._last = None if self._store is None else self._store.span_of(tensor.detach())
+        if self._last is not None:
+            self._last.file.check()
+
+
 def is_mappable(step: LoadStep) -> bool:
     """Tell whether a weight can be used as it lies in its file, without a copy.
 
