@@ -432,7 +432,7 @@ class Restoring(_Quantizing):
                 f"The config says that the weights are quantized ({self.config.quant_method}), and the files "
                 "hold plain ones",
                 where=checkpoint.files[0] if checkpoint.files else "state_dict",
-                mend="Take quantization_config out of config.json, or pass it as an argument to quantize them.",
+                mend="Take quantization_config out of config.json; as an argument it quantizes.",
             )
         for path, leaf in leaves.items():
             put(model, path, leaf)
@@ -453,8 +453,7 @@ class Restoring(_Quantizing):
             zero = found.get(f"{path}.weight_zero")
             config = self._scheme(weight, checkpoint.tensors[scale], zero is not None)
             leaves[path] = integer_leaf(module, config, self.torch_dtype)
-        for alias, owner in model.ties().items():
-            one, other = alias.rpartition(".")[0], owner.rpartition(".")[0]
+        for one, other in _module_ties(model).items():
             for here, there in ((one, other), (other, one)):
                 if there in leaves and here not in leaves and here in modules:
                     leaves[here] = integer_leaf(modules[here], leaves[there].config, self.torch_dtype)
@@ -521,7 +520,7 @@ class Rounding(_Quantizing):
         """Put leaves in, and read their weights as `Packed`."""
         chosen = select(model, self.config)
         read_keys = {step.key: step for step in plan.steps}
-        owners = {alias.rpartition(".")[0]: owner.rpartition(".")[0] for alias, owner in plan.ties.items()}
+        owners = _module_ties(model)
         schemes: dict[str, tuple[QuantizationConfig, bool]] = {}
         for path, config in chosen.items():
             step = read_keys.get(f"{owners.get(path, path)}.weight")

@@ -35,7 +35,7 @@ class QuantizedModelMixin:
         The weights keep what quantization made of them; what was lost stays lost.
 
         Args:
-            dtype: Of the layers that were quantized; None for the one they would have been loaded as.
+            dtype: Of the whole model; None gives quantized layers the one they would have been loaded as.
 
         Returns:
             The model itself.
@@ -46,9 +46,9 @@ class QuantizedModelMixin:
         if not self.is_quantized:
             raise ArgumentError(f"{type(self).__name__} is not quantized", where="dequantize")
         name = None if dtype is None else floating_dtype_name(str(dtype))
-        dequantize_model(self, None if name is None else getattr(torch, name))  # type: ignore[arg-type]
+        dequantize_model(self, None if name is None else getattr(torch, name))
         self.config.__dict__.pop("quantization_config", None)  # type: ignore[attr-defined]
-        return self
+        return self if name is None else self.to(getattr(torch, name))
 
     # -- facts ---------------------------------------------------------------------------------
 

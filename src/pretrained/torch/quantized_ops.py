@@ -89,7 +89,7 @@ def quantize(
     step = max(1, CHUNK // columns)
     lost = total = 0.0
     for start in range(0, rows, step):
-        piece = matrix[start : start + step].to(torch.float32)
+        piece = matrix[start : start + step].to(torch.float32).contiguous()
         part = slice(start, start + len(piece))
         grouped = piece.reshape(len(piece), groups, -1)
         s, z, q = _round(grouped, config)
