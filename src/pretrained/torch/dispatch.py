@@ -27,6 +27,7 @@ from pretrained.core.budgets import CPU, DISK, Home, available_host_memory
 from pretrained.core.report import format_bytes
 from pretrained.core.units import covering
 from pretrained.errors import ArgumentError, PlacementError
+from pretrained.torch.devices import home_name
 from pretrained.torch.offload import DiskWeights, Span, cannot_copy, files_of
 from pretrained.torch.read_ahead import ReadAhead
 
@@ -72,7 +73,7 @@ class Homes:
             )
         home = self.device_map[path]
         if is_buffer and not self.offload_buffers and home in (CPU, DISK):
-            return CPU if self.main.type == "cpu" else home_of(self.main)
+            return CPU if self.main.type == "cpu" else home_name(self.main)
         return home
 
     def execution(self, key: str) -> torch.device:
@@ -108,15 +109,6 @@ def torch_device(home: Home) -> torch.device:
         home: An accelerator's index, or a device's name.
     """
     return torch.device("cuda", home) if isinstance(home, int) else torch.device(home)
-
-
-def home_of(device: torch.device) -> Home:
-    """Return the home that a device is.
-
-    Args:
-        device: Any but meta.
-    """
-    return device.index or 0 if device.type == "cuda" else device.type
 
 
 @dataclass(slots=True)
@@ -220,13 +212,12 @@ def leave(model: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> 
     if dispatch is None:
         return
     need, seen = 0, set()
-    device = torch.device("cpu")
+    device = convert(next(model.parameters()).detach().view(-1)[:1]).device
     for tensor in (*model.parameters(), *model.buffers()):
         if dispatch.store.span_of(tensor.data) is None or tensor.data_ptr() in seen:
             continue
         seen.add(tensor.data_ptr())
         probe = convert(tensor.data.view(-1)[:1])
-        device = probe.device
         if (probe.dtype, probe.device) != (tensor.dtype, tensor.device):
             need += tensor.numel() * probe.element_size()
     left = available_host_memory() if device.type == "cpu" else None
@@ -240,7 +231,7 @@ def leave(model: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> 
         )
     remove_hooks(model)
     if hasattr(model, "hf_device_map"):
-        model.hf_device_map = {"": home_of(device)}  # type: ignore[assignment]
+        model.hf_device_map = {"": home_name(device)}  # type: ignore[assignment]
 
 
 # -- parts ---------------------------------------------------------------------------------------

@@ -42,14 +42,14 @@ from pretrained.errors import (
     UnknownArgumentError,
 )
 from pretrained.torch.devices import check_memory, home_name, single_device
-from pretrained.torch.dispatch import Homes, attach, home_of
+from pretrained.torch.dispatch import Homes, attach
 from pretrained.torch.empty import no_memory
 from pretrained.torch.initialise import initialise_missing
+from pretrained.torch.offload import DiskWeights
+from pretrained.torch.place import blocks_of, is_one_device, on_disk, place, placed_reader, sizes_of
 from pretrained.torch.quantize import Quantizer, all_ties, packed_keys, quantizer_for
 from pretrained.torch.quantized import IntegerLeaf
 from pretrained.torch.quantized_ops import Packed
-from pretrained.torch.offload import DiskWeights
-from pretrained.torch.place import blocks_of, is_one_device, on_disk, place, placed_reader, sizes_of
 from pretrained.torch.tensors import TORCH_DTYPES, Read, dtype_name_of, mapped_reader, state_dict_reader
 from pretrained.torch.ties import settle_ties
 
@@ -276,7 +276,7 @@ def execute(
         progress: As `LoadOptions.progress`.
         dtype: Dtype of weights that are initialised; None for the one most loaded weights have.
     """
-    homes = device if isinstance(device, Homes) else Homes({"": home_of(device)}, device)
+    homes = device if isinstance(device, Homes) else Homes({"": home_name(device)}, device)
     buffers = buffers_of(model)
     done = 0
 
@@ -319,7 +319,7 @@ def execute_placed(
         quantizer: What is quantized on the way.
 
     Returns:
-        The plan as carried out, with the converted copies as sources.
+        The plan with what is quantized on the way.
     """
     plan, quantized = quantizer.wrap(model, plan, read or mapped_reader(copy_all=options.disable_mmap))
     skeleton = skeleton_of(model) if quantizer.is_active else skeleton
@@ -340,9 +340,9 @@ def execute_placed(
         )
     quantizer.check_homes(homes.device_map.values())
     buffers, store = buffers_of(model), DiskWeights()
-    plan = on_disk(plan, homes, buffers, store, read, options.offload_folder)
+    placed = on_disk(plan, homes, buffers, store, read, options.offload_folder)
     reader = placed_reader(quantized, homes, buffers, store)
-    execute(model, plan, homes, reader, options.progress)
+    execute(model, placed, homes, reader, options.progress, dtype=dtype)
     attach(model, homes, store, skip_keys=getattr(model, "_skip_keys_device_placement", None) or ())
     model.hf_device_map = dict(homes.device_map)
     return plan
