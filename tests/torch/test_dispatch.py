@@ -134,6 +134,7 @@ def test_a_map_for_disk_alone(saved):
         ({"device_map": "auto", "max_memory": {"cpu": 10}}, "hold the largest block"),
         ({"device_map": "auto", "max_memory": {0: "1MB", "cpu": "1MB"}}, "max_memory names a device"),
         ({"device_map": "blanced", "max_memory": {"cpu": 10}}, "Unknown device 'blanced'"),
+        ({"device_map": "cpu", "max_memory": {"cpu": 10}}, "more on cpu than its budget"),
         ({"max_memory": {"cpu": "1GB"}}, "no device_map asks for a plan"),
         ({"device_map": {"": "disk"}, "disable_mmap": True}, "used from the map of their file"),
         ({"device_map": {"": "disk"}, "dtype": "bfloat16"}, "need a converted copy there .*offload_folder"),

@@ -72,7 +72,9 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     """
     started = time.perf_counter()
     options = LoadOptions.take(kwargs)
-    device = single_device(options.device_map) if is_one_device(options.device_map) else None
+    # A budget is held against a map of one device too, which takes the sizes that only a plan knows.
+    is_simple = is_one_device(options.device_map) and options.max_memory is None
+    device = single_device(options.device_map) if is_simple else None
     check_dtype(options.dtype)
     _check_generation_config(options.generation_config)
     source = _source(path, options)

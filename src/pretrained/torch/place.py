@@ -18,7 +18,7 @@ from pretrained.core.placement import STRATEGIES, plan_placement
 from pretrained.core.plan import LoadPlan, LoadStep
 from pretrained.core.skeleton import Skeleton
 from pretrained.core.units import with_blocks
-from pretrained.errors import ArgumentError, PlacementError, did_you_mean
+from pretrained.errors import PlacementError
 from pretrained.torch.dispatch import Homes, torch_device
 from pretrained.torch.offload import DiskWeights, is_mappable
 from pretrained.torch.offload_folder import transformed, written_from_memory
@@ -68,7 +68,7 @@ def place(
     """Return where every weight goes.
 
     Args:
-        device_map: A strategy, ``"disk"``, or module path -> device.
+        device_map: A strategy, a device, ``"disk"``, or module path -> device.
         skeleton: What the model promises.
         sizes: Bytes by key as loaded.
         blocks: Paths of modules that are not split.
@@ -87,16 +87,9 @@ def place(
         _check_there(placement.device_map.values())
         main = torch_device(placement.main) if main is None else main
         return Homes(placement.device_map, main, offload_buffers)
-    if isinstance(device_map, str) and device_map != DISK:
-        raise ArgumentError(
-            f"Unknown way to place a model: {device_map!r}",
-            where="device_map",
-            expected=", ".join(map(repr, STRATEGIES)) + ", a device, or {module path: device}",
-            mend=did_you_mean(device_map, STRATEGIES) or None,
-        )
     placement = check_device_map(
         with_blocks(skeleton, blocks),
-        {"": DISK} if device_map == DISK else device_map,
+        device_map if isinstance(device_map, Mapping) else {"": device_map},
         devices() if max_memory is None else free_memory(max_memory),
         sizes=sizes,
         modules=modules,
