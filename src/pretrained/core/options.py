@@ -265,5 +265,5 @@ def unknown_argument(
         advice or "It is neither an option of from_pretrained, nor in the config, nor in the constructor."
     )
     return UnknownArgumentError(
-        f"{cls_name} does not know the argument {first!r}", where=", ".join(names), mend=advice
+        f"{cls_name} does not know the argument {first!r}", where=", ".join(names), mend=advice or nowhere
     )
