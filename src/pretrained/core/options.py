@@ -261,9 +261,7 @@ def unknown_argument(
     if advice is None and first in GENERATION_FIELDS:
         advice = "It is a generation setting: pass it to generate(), or set it on model.generation_config."
     advice = advice or did_you_mean(first, [*options, *known])
-    advice = (
-        advice or "It is neither an option of from_pretrained, nor in the config, nor in the constructor."
-    )
+    nowhere = "It is neither an option of from_pretrained, nor in the config, nor in the constructor."
     return UnknownArgumentError(
         f"{cls_name} does not know the argument {first!r}", where=", ".join(names), mend=advice or nowhere
     )
