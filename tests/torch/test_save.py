@@ -193,7 +193,7 @@ def test_save_function(tmp_path, caplog):
     model.save_pretrained(
         tmp_path, safe_serialization=False, save_function=save_function, max_shard_size=8000
     )
-    assert sum((keys for keys, _ in calls), []) == [*calls[0][0], *(k for c in calls[1:] for k in c[0])]
+    assert len(calls) > 1
     assert {key for keys, _ in calls for key in keys} == model.state_dict().keys()
     assert all(isinstance(path, str) and path.startswith(str(tmp_path)) for _, path in calls)
     assert same_state(LlamaForCausalLM.from_pretrained(tmp_path), model)
