@@ -16,7 +16,7 @@ from pretrained.arch.gguf import gguf_config
 from pretrained.core.config import CONFIG_NAME, PreTrainedConfig, read_json_object
 from pretrained.core.files import find_weights, open_checkpoint
 from pretrained.core.hub import HubOptions, Source, resolve
-from pretrained.core.options import LoadOptions, refuse
+from pretrained.core.options import LoadOptions, check_config, refuse
 from pretrained.core.registry import FAMILIES, family, load_name, model_class_name, model_type_of
 from pretrained.errors import ArgumentError
 
@@ -195,6 +195,7 @@ class _AutoModel:
                 found=None,
                 mend="Pass a name or path, or both config= and state_dict=.",
             )
+        check_config(config)
         if not isinstance(config, PreTrainedConfig):
             path, config, kwargs = _read_config(path, config, kwargs)
         return cls._class_of(config).from_pretrained(path, *model_args, config=config, **kwargs)

@@ -171,4 +171,24 @@ def test_a_file_system_that_cannot_map_is_read(infos, monkeypatch):
         raise OSError(19, "No such device")
 
     monkeypatch.setattr(reader.mmap, "mmap", refuse)
+    monkeypatch.setattr(reader, "_map_without_descriptor", refuse)
+    np.testing.assert_array_equal(MappedFiles().array(infos["a"]), TENSORS["a"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_a_map_holds_no_descriptor(infos):
+    def held() -> list[str]:
+        return [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+
+    with MappedFiles() as files:
+        array = files.array(infos["a"])
+        assert str(infos["a"].file) not in held()
+    np.testing.assert_array_equal(array, TENSORS["a"])
+
+
+def test_without_the_c_library_a_map_is_python_s_own(infos, monkeypatch):
+    def absent() -> None:
+        raise AttributeError("mmap")
+
+    monkeypatch.setattr(reader, "_c_library", absent)
     np.testing.assert_array_equal(MappedFiles().array(infos["a"]), TENSORS["a"])

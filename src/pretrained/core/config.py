@@ -376,8 +376,14 @@ class PreTrainedConfig(PushToHubMixin):
             **kwargs: `repo_id` and the other arguments of `push_to_hub`.
         """
         folder = Path(save_directory)
-        if folder.is_file():
-            raise ArgumentError("A config is saved into a folder", where=folder, found="a file")
+        if save_directory == "" or folder.is_file():
+            found = "a file" if save_directory else "an empty text"
+            raise ArgumentError(
+                "A config is saved into a folder",
+                where=folder if save_directory else "save_directory",
+                found=found,
+                mend="Name a folder.",
+            )
         folder.mkdir(parents=True, exist_ok=True)
         self.to_json_file(folder / CONFIG_NAME)
         if push_to_hub:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from pretrained.core.config import PreTrainedConfig
 from pretrained.core.generation_fields import FIELDS as GENERATION_FIELDS
 from pretrained.core.hub import HubOptions
 from pretrained.errors import ArgumentError, NotYetError, UnknownArgumentError, did_you_mean
@@ -175,13 +176,7 @@ class LoadOptions:
                 where="state_dict, gguf_file",
                 mend="Pass only one of them.",
             )
-        if isinstance(self.config, Mapping):
-            raise ArgumentError(
-                "config is a dictionary",
-                where="config",
-                expected="a config object, or a path or id to read one from",
-                mend="Make it one first: config_class.from_dict(config).",
-            )
+        check_config(self.config)
         if self.max_memory is not None and self.device_map is None:
             raise ArgumentError(
                 "max_memory says how much each device may give, and no device_map asks for a plan",
@@ -195,6 +190,27 @@ class LoadOptions:
                 expected="a dtype, its name, or 'auto'",
                 mend="These architectures have one config each; pass a single dtype.",
             )
+
+
+def check_config(config: Any) -> None:
+    """Raise for a `config` argument that is neither a config nor a place to read one from.
+
+    Args:
+        config: As the user gave it; None for none.
+
+    Raises:
+        ArgumentError: it is something else.
+    """
+    if config is not None and not isinstance(config, PreTrainedConfig | str | os.PathLike):
+        raise ArgumentError(
+            "config has a value of the wrong type",
+            where="config",
+            expected="a config object, or a path or id to read one from",
+            found=f"{type(config).__name__} {config!r}"[:200],
+            mend="Make it a config first: config_class.from_dict(config)."
+            if isinstance(config, Mapping)
+            else None,
+        )
 
 
 def refuse(kwargs: MutableMapping[str, Any]) -> None:
@@ -238,22 +254,24 @@ def _check_types(kwargs: MutableMapping[str, Any]) -> None:
             kwargs[name] = os.fspath(value)
 
 
-def unknown_argument(cls_name: str, names: Iterable[str], known: Iterable[str], advice: str) -> Exception:
+def unknown_argument(
+    cls_name: str, names: Iterable[str], known: Iterable[str], advice: str | None = None
+) -> UnknownArgumentError:
     """Return the error for arguments that nothing takes.
 
     Args:
         cls_name: The model class.
         names: The arguments.
         known: Names of the config and the constructor, for suggestions.
-        advice: What to do about them where no known name is near.
+        advice: What to do about the first, where the caller knows better than a list of names.
     """
     names = list(names)
     first = names[0]
     options = [f.name for cls in (LoadOptions, HubOptions) for f in fields(cls) if f.name != "hub"]
-    if first in GENERATION_FIELDS:
+    if advice is None and first in GENERATION_FIELDS:
         advice = "It is a generation setting: pass it to generate(), or set it on model.generation_config."
-    elif near := did_you_mean(first, [*options, *known]):
-        advice = near
+    advice = advice or did_you_mean(first, [*options, *known])
+    nowhere = "It is neither an option of from_pretrained, nor in the config, nor in the constructor."
     return UnknownArgumentError(
-        f"{cls_name} does not know the argument {first!r}", where=", ".join(names), mend=advice
+        f"{cls_name} does not know the argument {first!r}", where=", ".join(names), mend=advice or nowhere
     )

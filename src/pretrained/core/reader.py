@@ -12,9 +12,13 @@ safe.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import mmap
 import os
 import sys
+import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final
@@ -45,7 +49,7 @@ class MappedFiles:
 
     def __init__(self) -> None:
         # None stands for a file that cannot be mapped.
-        self._maps: dict[Path, mmap.mmap | None] = {}
+        self._maps: dict[Path, memoryview | None] = {}
 
     def __enter__(self) -> MappedFiles:
         return self
@@ -80,7 +84,15 @@ class MappedFiles:
         if mapped is None:
             return _read_span(info)
         _check_size(info, len(mapped))
-        return memoryview(mapped)[info.offset : info.offset + info.nbytes]
+        return mapped[info.offset : info.offset + info.nbytes]
+
+    def is_mapped(self, file: Path) -> bool:
+        """Tell whether the bytes that `buffer` gave of a file are its own pages, not a copy.
+
+        Args:
+            file: A file that was asked for.
+        """
+        return self._maps.get(file) is not None
 
     def array(self, info: TensorInfo) -> npt.NDArray[Any]:
         """Return a tensor as a numpy array.
@@ -100,22 +112,70 @@ class MappedFiles:
         return np.ndarray(info.shape, dtype, raw, strides=strides)
 
 
-def _map(opened: BinaryIO, size: int) -> mmap.mmap | None:
+def _map(opened: BinaryIO, size: int) -> memoryview | None:
     """Map a whole file; the caller may close it at once. None where the file system refuses."""
-    # Before 3.13 a map keeps a descriptor of its own, which nothing here needs.
+    # From 3.13 on a map can do without a descriptor of its own.
     untracked: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
     try:
         if os.name == "nt":
-            return mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_COPY)
-        return mmap.mmap(
+            return memoryview(mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_COPY))
+        if not untracked:
+            # A model of a hundred files would hold a hundred descriptors for as long as it lives.
+            with contextlib.suppress(AttributeError, TypeError):
+                return _map_without_descriptor(opened, size)
+        mapped = mmap.mmap(
             opened.fileno(),
             size,
             flags=mmap.MAP_PRIVATE | _NO_RESERVE,
             prot=mmap.PROT_READ | mmap.PROT_WRITE,
             **untracked,
         )
+        return memoryview(mapped)
     except OSError:
         return None
+
+
+def _map_without_descriptor(opened: BinaryIO, size: int) -> memoryview:
+    """Ask the system itself for the map that `_map` describes, which Python before 3.13 cannot."""
+    library = _c_library()
+    flags, protection = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+    address = library.mmap(None, size, protection, flags, opened.fileno(), 0)
+    if address is None or address == ctypes.c_void_p(-1).value:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    memory = (ctypes.c_ubyte * size).from_address(address)
+    undo = weakref.finalize(memory, library.munmap, address, size)
+    # At the end of the process arrays may still look at the map; the system undoes it then.
+    undo.atexit = False
+    return memoryview(memory).cast("B")
+
+
+@functools.cache
+def _c_library() -> ctypes.CDLL:
+    library = ctypes.CDLL(None, use_errno=True)
+    numbers = (ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+    library.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *numbers)
+    library.mmap.restype = ctypes.c_void_p
+    library.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    library.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return library
+
+
+def release_pages(address: int, nbytes: int) -> None:
+    """Give pages of a private map back; the next access reads them from the file again.
+
+    Through C, since `mmap.madvise` holds the interpreter's lock meanwhile. Edits in the pages are lost.
+
+    Args:
+        address: Of the first page; a multiple of the page size.
+        nbytes: A multiple of the page size.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    if _c_library().madvise(address, nbytes, mmap.MADV_DONTNEED):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
 
 
 def _read_span(info: TensorInfo) -> memoryview:

@@ -88,15 +88,15 @@ def fold_keys(keys: Iterable[str]) -> list[str]:
     Returns:
         The folded names, in the order of their first key.
     """
-    groups: dict[str, list[int]] = {}
+    groups: dict[tuple[str, ...], list[int]] = {}
     for key in keys:
         number = re.search(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)|(?<=\.)\d+$", key)
         if number is None:
-            groups.setdefault(key, [])
+            groups.setdefault((key,), [])
         else:
-            shape = key[: number.start()] + "{}" + key[number.end() :]
-            groups.setdefault(shape, []).append(int(number.group()))
-    return [shape.replace("{}", _ranges(numbers)) if numbers else shape for shape, numbers in groups.items()]
+            around = (key[: number.start()], key[number.end() :])
+            groups.setdefault(around, []).append(int(number.group()))
+    return [(_ranges(numbers) if numbers else "").join(around) for around, numbers in groups.items()]
 
 
 def fold_mismatches(mismatched: Iterable[Mismatch]) -> list[str]:

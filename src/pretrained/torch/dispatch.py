@@ -59,18 +59,11 @@ class Homes:
         Args:
             key: Its name in the model.
             is_buffer: Whether it is a buffer.
-
-        Raises:
-            PlacementError: the map does not cover it.
         """
         path = covering(key, self.device_map)
         if path is None:
-            raise PlacementError(
-                "The device map does not cover a weight",
-                where="device_map",
-                found=key,
-                mend="Add an entry for its module, or '' for everything that is not named.",
-            )
+            # A table that no file holds: a given map need not name it (`check_device_map` saw to the weights).
+            return CPU if self.main.type == "cpu" else home_name(self.main)
         home = self.device_map[path]
         if is_buffer and not self.offload_buffers and home in (CPU, DISK):
             return CPU if self.main.type == "cpu" else home_name(self.main)

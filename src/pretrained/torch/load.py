@@ -198,14 +198,13 @@ def _check_arguments(
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
     unknown = [] if takes_any else [name for name in kwargs if name not in signature.parameters]
     if unknown:
-        of_config = config.has(unknown[0])
         raise unknown_argument(
             cls.__name__,
             unknown,
             [*signature.parameters, *(name for name in config.__dict__ if not name.startswith("_"))],
             f"It is an attribute of the config: set config.{unknown[0]} on the config that you pass."
-            if of_config
-            else "It is neither an option of from_pretrained, nor in the config, nor in the constructor.",
+            if config.has(unknown[0])
+            else None,
         )
     try:
         signature.bind(config, *args, **kwargs)

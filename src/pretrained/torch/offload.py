@@ -30,7 +30,7 @@ import torch
 
 from pretrained.core.checkpoint import TensorInfo
 from pretrained.core.plan import LoadStep
-from pretrained.core.reader import MappedFiles
+from pretrained.core.reader import MappedFiles, release_pages
 from pretrained.errors import ArgumentError, CheckpointError, FileError, PlacementError
 from pretrained.torch.tensors import TORCH_DTYPES
 
@@ -96,30 +96,29 @@ class Span:
 
     Args:
         file: The file that is mapped.
-        area: The map.
         info: Which bytes.
         tensor: The weight, a view of them.
     """
 
-    __slots__ = ("_first", "_length", "address", "area", "file", "info", "is_edited", "tensor")
+    __slots__ = ("_first", "_length", "address", "file", "info", "is_edited", "tensor")
 
-    def __init__(self, file: WatchedFile, area: mmap.mmap, info: TensorInfo, tensor: torch.Tensor) -> None:
-        self.file, self.area, self.info, self.tensor = file, area, info, tensor
+    def __init__(self, file: WatchedFile, info: TensorInfo, tensor: torch.Tensor) -> None:
+        self.file, self.info, self.tensor = file, info, tensor
         self.address = tensor.data_ptr()
         self.is_edited = False
         # Whole pages only: the first and the last one may hold a part of a neighbour.
-        self._first = -(-info.offset // PAGE) * PAGE
-        self._length = max(0, (info.offset + info.nbytes) // PAGE * PAGE - self._first)
+        self._first = -(-self.address // PAGE) * PAGE
+        self._length = max(0, (self.address + info.nbytes) // PAGE * PAGE - self._first)
 
     def release(self) -> None:
         """Give the pages back; the next access reads them from the file again."""
         if not self._length or self.is_edited or not _CAN_RELEASE:
             return
-        if _edited(self.address + self._first - self.info.offset, self._length, self.tensor):
+        if _edited(self._first, self._length, self.tensor):
             self.is_edited = True
             logger.info("%s was edited in place; it stays in memory from now on", self.info.key)
             return
-        self.area.madvise(mmap.MADV_DONTNEED, self._first, self._length)
+        release_pages(self._first, self._length)
 
 
 def _edited(address: int, length: int, tensor: torch.Tensor) -> bool:
@@ -166,8 +165,7 @@ class DiskWeights:
         if info.num_elements == 0:
             return torch.empty(info.shape, dtype=dtype)
         buffer = self._maps.buffer(info)
-        area = buffer.obj
-        if not isinstance(area, mmap.mmap):
+        if not self._maps.is_mapped(info.file):
             raise PlacementError(
                 "The file system cannot map this file, so its weights cannot stay on disk",
                 where=info.file,
@@ -177,7 +175,7 @@ class DiskWeights:
         file = self._files.get(info.file)
         if file is None:
             file = self._files[info.file] = WatchedFile(info.file)
-        self._spans[tensor.data_ptr()] = Span(file, area, info, tensor)
+        self._spans[tensor.data_ptr()] = Span(file, info, tensor)
         return tensor
 
     def span_of(self, tensor: torch.Tensor) -> Span | None:
