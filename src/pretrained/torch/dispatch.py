@@ -62,7 +62,7 @@ class Homes:
         """
         path = covering(key, self.device_map)
         if path is None:
-            # A table that no file holds: a given map need not name it (`check_device_map` saw to the weights).
+            # A table that no file holds: a given map need not name it; weights were checked before.
             return CPU if self.main.type == "cpu" else home_name(self.main)
         home = self.device_map[path]
         if is_buffer and not self.offload_buffers and home in (CPU, DISK):
