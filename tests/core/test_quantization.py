@@ -74,7 +74,7 @@ def test_the_config_object_of_bitsandbytes():
         ({"quant_method": "int8", "group_size": 32}, ArgumentError, "group_size means nothing for 'int8'"),
         ({"quant_method": "int8", "symmetric": False}, ArgumentError, "symmetric means nothing for 'int8'"),
         ({"quant_method": "gguf", "skip_modules": ["a"]}, ArgumentError, "skip_modules means nothing"),
-        ({"quant_method": "int4", "exact": False}, ArgumentError, "exact means nothing for 'int4'"),
+        ({"quant_method": "int4", "block_types": {"a": "q8_0"}}, ArgumentError, "block_types means nothing"),
         ({"quant_method": "int4", "symetric": False}, ArgumentError, "Did you mean 'symmetric'"),
         ({"quant_method": "int4", "symmetric": "no"}, ArgumentError, "symmetric is a yes or a no"),
         ({"quant_method": "int4", "skip_modules": [3]}, ArgumentError, "list of module names"),

@@ -74,8 +74,6 @@ class QuantizationConfig:
             head is stored as int8; one that is tied to the embedding takes the embedding with it.
         compute_dtype: ``"bfloat16"`` (and None) multiplies in bfloat16 on a CPU, where the packed
             kernels are, whatever the activations' dtype; ``"float32"`` multiplies in float32.
-        exact: gguf: dequantize the file's own blocks. False repacks them for the kernels: 4-bit blocks
-            with their scales rounded to bfloat16, others as int8.
         block_types: gguf: GGML type of each packed module; written by a save.
 
     Raises:
@@ -89,7 +87,6 @@ class QuantizationConfig:
     quantize_embeddings: bool = False
     quantize_head: bool = False
     compute_dtype: str | None = None
-    exact: bool = True
     block_types: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -106,7 +103,7 @@ class QuantizationConfig:
                     expected="'bfloat16', 'float32' or None",
                     found=repr(name),
                 )
-        for name in ("symmetric", "quantize_embeddings", "quantize_head", "exact"):
+        for name in ("symmetric", "quantize_embeddings", "quantize_head"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(
                     f"{name} is a yes or a no",
@@ -130,12 +127,12 @@ class QuantizationConfig:
 
     def _check_unused(self) -> None:
         """Raise for a field that the method would not look at."""
-        idle: dict[str, Any] = {"block_types": {}, "exact": True}
+        idle: dict[str, Any] = {"block_types": {}}
         if self.quant_method != "int4":
             idle |= {"group_size": None, "symmetric": True}
         if self.quant_method == "gguf":
             idle |= {"quantize_embeddings": False, "quantize_head": False, "skip_modules": ()}
-            del idle["block_types"], idle["exact"]
+            del idle["block_types"]
         for name, value in idle.items():
             if getattr(self, name) != value:
                 raise ArgumentError(

@@ -545,7 +545,7 @@ class Rounding(_Quantizing):
 
 
 class Blocks(_Quantizing):
-    """Keeps GGML's blocks of a GGUF file as they are, or repacks them for the kernels."""
+    """Keeps GGML's blocks of a GGUF file as they are."""
 
     def prepare(self, model: Any, checkpoint: Checkpoint) -> None:
         """Refuse files that hold no blocks."""
@@ -555,12 +555,6 @@ class Blocks(_Quantizing):
                 where="quantization_config",
                 found=checkpoint.format,
                 mend="Pass a GGUF file, or quant_method 'int8' or 'int4'.",
-            )
-        if not self.config.exact:
-            raise NotYetError(
-                "Repacking GGUF blocks for the 4-bit kernel is not offered yet",
-                where="quantization_config.exact",
-                mend="Leave it out, or pass quant_method 'int4' to round the weights anew.",
             )
 
     def wrap(self, model: Any, plan: LoadPlan, read: Read) -> tuple[LoadPlan, Read]:
