@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import mmap
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -30,6 +32,7 @@ from pretrained.core.quantization import (
     requested_quantization,
     stored_quantization,
 )
+from pretrained.core.reader import release_pages
 from pretrained.errors import ArgumentError, NotYetError, WeightsError
 from pretrained.torch.nn import Conv1D
 from pretrained.torch.quantized import (
@@ -381,11 +384,12 @@ class _Quantizing(Quantizer):
     Args:
         config: The scheme.
         dtype: As `Quantizer`.
+        is_mapped: Whether weights are read from maps of files, whose pages can be given back.
     """
 
-    def __init__(self, config: QuantizationConfig, dtype: str | None) -> None:
+    def __init__(self, config: QuantizationConfig, dtype: str | None, *, is_mapped: bool = False) -> None:
         super().__init__(dtype)
-        self.config = config
+        self.config, self.is_mapped = config, is_mapped
 
     is_active = True
 
@@ -535,9 +539,11 @@ class Rounding(_Quantizing):
             if step.key not in schemes:
                 return read(step, device)
             config, transposed = schemes[step.key]
-            packed = quantize(
-                read(_as_stored(step), torch.device("cpu")), config, key=step.key, transposed=transposed
-            )
+            stored = _as_stored(step)
+            values = read(stored, torch.device("cpu"))
+            packed = quantize(values, config, key=step.key, transposed=transposed)
+            if self.is_mapped and stored.is_view:
+                _let_go(values)
             self.errors[step.key.removesuffix(".weight")] = packed.error
             return packed.to(device)
 
@@ -578,7 +584,10 @@ class Blocks(_Quantizing):
             rows = read(step, device)
             if step.key not in reorder:
                 return rows
-            return torch.from_numpy(reorder[step.key](rows.cpu().numpy())).to(device)
+            ordered = torch.from_numpy(reorder[step.key](rows.cpu().numpy())).to(device)
+            if self.is_mapped and rows.device.type == "cpu":
+                _let_go(rows)
+            return ordered
 
         return dataclasses.replace(plan, steps=tuple(steps)), read_rows
 
@@ -621,13 +630,28 @@ def quantizer_for(config: Any, checkpoint: Checkpoint, options: LoadOptions, dty
         return Restoring(stored, dtype)
     if wanted is None:
         return Quantizer(dtype)
-    return (Blocks if wanted.quant_method == "gguf" else Rounding)(wanted, dtype)
+    is_mapped = options.state_dict is None and not options.disable_mmap
+    return (Blocks if wanted.quant_method == "gguf" else Rounding)(wanted, dtype, is_mapped=is_mapped)
 
 
 def _as_stored(step: LoadStep) -> LoadStep:
     """Ask for a view of the file where there can be one, and for float32 otherwise."""
     plain = step.source.dtype in DTYPES and DTYPES[step.source.dtype].is_floating
     return dataclasses.replace(step, dtype=step.source.dtype if plain and step.apply is None else "float32")
+
+
+def _let_go(view: torch.Tensor) -> None:
+    """Give the pages of a weight back that has been read once and will not be read again.
+
+    Args:
+        view: Of a private map; nothing else may look at its bytes any more.
+    """
+    if sys.platform != "linux":
+        return
+    first = -(-view.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (view.data_ptr() + view.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0:
+        release_pages(first, length)
 
 
 def _users(plan: LoadPlan) -> dict[str, tuple[str, ...]]:
