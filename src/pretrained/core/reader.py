@@ -86,6 +86,27 @@ class MappedFiles:
         _check_size(info, len(mapped))
         return mapped[info.offset : info.offset + info.nbytes]
 
+    def release(self, info: TensorInfo, start: int = 0, end: int | None = None) -> None:
+        """Let the system take back the pages of bytes that have been copied and are not needed again.
+
+        Without this they count as the process's memory until something else needs the space. Pages that the
+        span shares with its neighbours stay. Whoever still looks at the bytes finds the file's, so nothing
+        may have been written to them.
+
+        Args:
+            info: The tensor.
+            start: First byte of a part of it.
+            end: Byte after that part; None for the tensor's end.
+        """
+        mapped = self._maps.get(info.file)
+        if mapped is None:
+            return
+        page = mmap.PAGESIZE
+        first = -(-(info.offset + start) // page) * page
+        last = (info.offset + (info.nbytes if end is None else end)) // page * page
+        if last > first:
+            _forget(mapped.obj, first, last - first)
+
     def array(self, info: TensorInfo) -> npt.NDArray[Any]:
         """Return a tensor as a numpy array.
 
@@ -142,6 +163,18 @@ def _map_without_descriptor(opened: BinaryIO, size: int) -> memoryview:
     return memoryview(memory).cast("B")
 
 
+def _forget(memory: Any, start: int, length: int) -> None:
+    """Drop a range of a map's pages, where the system offers that; it is advice, so failing is no fault."""
+    advice = getattr(mmap, "MADV_DONTNEED", None)
+    if advice is None:
+        return
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if isinstance(memory, mmap.mmap):
+            memory.madvise(advice, start, length)
+        else:
+            _c_library().madvise(ctypes.addressof(memory) + start, length, advice)
+
+
 @functools.cache
 def _c_library() -> ctypes.CDLL:
     library = ctypes.CDLL(None, use_errno=True)
@@ -149,6 +182,7 @@ def _c_library() -> ctypes.CDLL:
     library.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *numbers)
     library.mmap.restype = ctypes.c_void_p
     library.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    library.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return library
 
 
