@@ -423,6 +423,19 @@ def test_attention_that_is_not_there(saved, monkeypatch):
             call("flash_attention_2")
 
 
+@pytest.mark.parametrize("name", ["flash_attention_3", "flash_attention_4", "flex_attention"])
+def test_attention_of_other_libraries(saved, name):
+    with pytest.raises(ArgumentError, match=f"Unknown attention implementation '{name}'.*not offered so far"):
+        load(saved, attn_implementation=name)
+
+
+def test_attention_is_a_name():
+    model = tiny_llama()
+    for nonsense in (5, [], {}):
+        with pytest.raises(ArgumentError, match="Unknown attention implementation"):
+            model.set_attn_implementation(nonsense)
+
+
 # -- weights given by hand -------------------------------------------------------------------------
 
 

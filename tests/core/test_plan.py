@@ -166,8 +166,8 @@ def test_shapes_that_differ():
         plan_load(checkpoint(**facts, n=(7,)), skeleton(**wanted, n=()), LoadPolicy())
     assert str(caught.value) == (
         f"41 weights have another shape in the file than in the model ({FILE}): found layers.{{0..39}}.w: "
-        "file [2, 3], model [2, 5]; n: file [7], model []. Check that config.json describes these weights, or "
-        "pass ignore_mismatched_sizes=True to initialise them anew."
+        "file [2, 3], model [2, 5]; n: file [7], model []. Check that config.json describes these weights, "
+        "or pass ignore_mismatched_sizes=True to initialise them anew."
     )
 
 

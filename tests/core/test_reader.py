@@ -192,3 +192,31 @@ def test_without_the_c_library_a_map_is_python_s_own(infos, monkeypatch):
 
     monkeypatch.setattr(reader, "_c_library", absent)
     np.testing.assert_array_equal(MappedFiles().array(infos["a"]), TENSORS["a"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
+def test_released_pages_leave_memory_and_can_be_read_again(tmp_path, way):
+    values = np.arange(1 << 20, dtype=np.int64)
+    save_file({"a": values, "b": values + 1}, tmp_path / "model.safetensors")
+    infos = read_safetensors_header(tmp_path / "model.safetensors").tensors
+
+    def resident_kb() -> int:
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        total = 0
+        for line in lines:
+            if line.endswith(str(tmp_path / "model.safetensors")):
+                total += int(next(entry for entry in lines if entry.startswith("Rss:")).split()[1])
+        return total
+
+    with MappedFiles() as files:
+        files.release(infos["a"])  # nothing is mapped yet
+        a, b = files.array(infos["a"]), files.array(infos["b"])
+        assert int(a.sum() + b.sum()) == 2 * int(values.sum()) + len(values)
+        before = resident_kb()
+        files.release(infos["a"])
+        if way == "mapped":
+            assert before > 16000
+            assert resident_kb() < before - 8000
+        files.release(infos["b"], 0, 100)
+        np.testing.assert_array_equal(a, values)
+        np.testing.assert_array_equal(b, values + 1)

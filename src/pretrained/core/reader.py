@@ -94,6 +94,29 @@ class MappedFiles:
         """
         return self._maps.get(file) is not None
 
+    def release(self, info: TensorInfo, start: int = 0, end: int | None = None) -> None:
+        """Let the system take back the pages of bytes that have been copied and are not needed again.
+
+        Without this they count as the process's memory until something else needs the space. Pages that the
+        span shares with its neighbours stay. Whoever still looks at the bytes finds the file's, so nothing
+        may have been written to them.
+
+        Args:
+            info: The tensor.
+            start: First byte of a part of it.
+            end: Byte after that part; None for the tensor's end.
+        """
+        mapped = self._maps.get(info.file)
+        if mapped is None:
+            return
+        page = mmap.PAGESIZE
+        first = -(-(info.offset + start) // page) * page
+        last = (info.offset + (info.nbytes if end is None else end)) // page * page
+        if last > first:
+            # It is advice, so failing is no fault.
+            with contextlib.suppress(OSError, AttributeError):
+                release_pages(np.frombuffer(mapped, np.uint8).ctypes.data + first, last - first)
+
     def array(self, info: TensorInfo) -> npt.NDArray[Any]:
         """Return a tensor as a numpy array.
 

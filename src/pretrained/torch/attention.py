@@ -199,7 +199,8 @@ def check_attn_implementation(name: str | None) -> None:
             f"Unknown attention implementation {name!r}",
             where="attn_implementation",
             expected=", ".join(ALL_ATTENTION_FUNCTIONS),
-            mend=did_you_mean(str(name), ALL_ATTENTION_FUNCTIONS)
+            mend=_elsewhere(str(name))
+            or did_you_mean(str(name), ALL_ATTENTION_FUNCTIONS)
             or "Register your own with AttentionInterface.register(name, function).",
         )
     if name == "flash_attention_2" and find_spec("flash_attn") is None:
@@ -208,6 +209,13 @@ def check_attn_implementation(name: str | None) -> None:
             where="attn_implementation",
             mend="Install flash-attn, or use attn_implementation='sdpa'.",
         )
+
+
+def _elsewhere(name: str) -> str:
+    """Say what to do about a name that the ecosystem knows."""
+    if name not in ("flash_attention_3", "flash_attention_4", "flex_attention"):
+        return ""
+    return "It is not offered so far: use 'sdpa', or register one with AttentionInterface.register."
 
 
 def attend(

@@ -37,6 +37,10 @@ def dtype_name_of(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
+# Bytes of a file that are copied or cast at a time; four threads do it side by side.
+_COPY_BYTES = 32 << 20
+
+
 class Arena:
     """Memory for tensors that cannot be views of a file, taken in large pieces.
 
@@ -100,14 +104,32 @@ def mapped_reader(*, copy_all: bool = False) -> Read:
             values = _view(files, info)
         elif step.apply is None and dtype == torch.float32 and on_cpu:
             dequantize(files.buffer(info), info.dtype, info.shape, out=target.numpy())
+            files.release(info)
             return target
         else:
             values = torch.from_numpy(dequantize(files.buffer(info), info.dtype, info.shape))
         if step.apply is not None:
             values = torch.from_numpy(step.apply(values.float().numpy()))
-        return target.copy_(values)
+        elif stored is not None and info.strides is None:
+            return _copy_and_release(files, info, values, target)
+        target.copy_(values)
+        files.release(info)
+        return target
 
     return read
+
+
+def _copy_and_release(
+    files: MappedFiles, info: TensorInfo, values: torch.Tensor, target: torch.Tensor
+) -> torch.Tensor:
+    """Copy a view of a file piece by piece, so that no more of the file is in memory than a piece."""
+    source, sink = values.reshape(-1), target.view(-1)
+    step = _COPY_BYTES // values.element_size()
+    for start in range(0, source.numel(), step):
+        end = min(start + step, source.numel())
+        sink[start:end].copy_(source[start:end])
+        files.release(info, start * values.element_size(), end * values.element_size())
+    return target
 
 
 def state_dict_reader(state_dict: Mapping[str, torch.Tensor]) -> Read:
