@@ -88,7 +88,8 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
         made = type(parameter)(empty, requires_grad=parameter.requires_grad)
         return made if isinstance(made, nn.Parameter) else nn.Parameter(empty, parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(without_memory)
+    # torch's stub leaves out that a hook may return another parameter.
+    handle = register_module_parameter_registration_hook(without_memory)  # type: ignore[arg-type]
     try:
         with no_fills():
             yield

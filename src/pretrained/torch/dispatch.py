@@ -293,7 +293,7 @@ class _Part:
             file.check()
         if self.module.training and torch.is_grad_enabled():
             for owner, name, is_buffer in self.slots:
-                if not is_buffer and owner._parameters[name].requires_grad:
+                if not is_buffer and owner.get_parameter(name).requires_grad:
                     raise _cannot_train(f"{self.path}.{name}")
 
     def _bring(self) -> None:
