@@ -162,8 +162,10 @@ def build_empty(cls: type[Model], config: PreTrainedConfig, *args: Any, **kwargs
         if config.name_or_path and config.name_or_path not in str(error.where):
             error.where = f"{error.where}, {config.name_or_path}" if error.where else config.name_or_path
         raise
-    except (RuntimeError, OverflowError) as error:
-        if isinstance(error, PretrainedError):
+    except (RuntimeError, OverflowError, TypeError) as error:
+        # Of a size beyond 63 bits torch says by a TypeError that it is one.
+        ours = isinstance(error, PretrainedError)
+        if ours or (isinstance(error, TypeError) and "verflow" not in str(error)):
             raise
         raise ConfigError(
             f"{cls.__name__} cannot be built with the sizes in its config",
