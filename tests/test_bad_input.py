@@ -209,6 +209,8 @@ WRONG_VALUES = [
     ("dtype", 5, "Unknown dtype '5'"),
     ("architectures", "LlamaForCausalLM", r"architectures has a value of the wrong type .*list\[str\]"),
     ("id2label", {"a": "b"}, "A key of id2label is not a whole number .*'a'"),
+    ("id2label", {"0": [1]}, r"A label of id2label is not a name .*found \[1\]"),
+    ("num_attention_heads", 10**18, "cannot be built with the sizes in its config .*verflow"),
     ("id2label", ["a"], "id2label has a value of the wrong type"),
     ("num_labels", -1, "num_labels cannot be a number of labels .*from 0 to 1000000, found -1"),
     ("num_labels", "3", "num_labels cannot be a number of labels"),
@@ -232,11 +234,13 @@ def test_wrong_values_in_a_config(folder, key, value, message):
     [
         ({"layer_types": ["full_attention"]}, "layer_types does not describe every layer .*2 of .*found 1"),
         ({"layer_types": ["full", "full"]}, "layer_types does not describe every layer"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval must be positive"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers does not describe every layer"),
         ({"max_window_layers": -1, "num_hidden_layers": "2"}, "num_hidden_layers has a value of the wrong"),
     ],
 )
 def test_layers_that_contradict_each_other(folder, values, message):
-    folder.config(model_type="qwen2", **values)
+    folder.config(**{"model_type": "qwen2", **values})
     fails(ConfigError, message, folder.path, AutoModelForCausalLM)
 
 

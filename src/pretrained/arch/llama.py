@@ -297,6 +297,12 @@ class SmolLM3Config(_LayerTypesConfig):
     def check(self) -> None:
         """Raise `ConfigError` where `no_rope_layers` does not describe every layer."""
         super().check()
+        if self.no_rope_layer_interval < 1:
+            raise ConfigError(
+                "no_rope_layer_interval must be positive",
+                where="no_rope_layer_interval",
+                found=self.no_rope_layer_interval,
+            )
         if self.no_rope_layers is not None and len(self.no_rope_layers) < self.num_hidden_layers:
             raise ConfigError(
                 "no_rope_layers does not describe every layer",

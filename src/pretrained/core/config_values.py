@@ -139,6 +139,15 @@ def label_fields(values: dict[str, Any], *, current: int | None = None) -> dict[
     id2label = values.get("id2label")
     if isinstance(id2label, Mapping):
         id2label = {_index(key, "id2label"): label for key, label in id2label.items()}
+        odd = [label for label in id2label.values() if not isinstance(label, str | int | float | None)]
+        if odd:
+            raise ConfigError(
+                "A label of id2label is not a name",
+                where="id2label",
+                expected="a text or a number",
+                found=f"{odd[0]!r}"[:200],
+                mend="Correct 'id2label' in config.json or in the call.",
+            )
         values["id2label"] = id2label
         values.setdefault("label2id", {label: index for index, label in id2label.items()})
         current = len(id2label)

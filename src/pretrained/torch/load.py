@@ -12,7 +12,7 @@ import inspect
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,24 +20,18 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from pretrained.arch.gguf import gguf_architecture, gguf_config, gguf_key_map
 from pretrained.core.budgets import DISK
-from pretrained.core.checkpoint import Checkpoint, TensorInfo
-from pretrained.core.config import PreTrainedConfig, read_json_object
+from pretrained.core.checkpoint import Checkpoint
+from pretrained.core.config import PreTrainedConfig
 from pretrained.core.dtypes import DTYPES, floating_dtype_name
-from pretrained.core.files import find_weights, open_checkpoint
-from pretrained.core.generation_config import GenerationConfig
-from pretrained.core.hub import Source, resolve
 from pretrained.core.options import LoadOptions, unknown_argument
-from pretrained.core.plan import LoadPlan, LoadPolicy, LoadStep, MappedTensor, check_depth, plan_load
+from pretrained.core.plan import LoadPlan, LoadPolicy, LoadStep, check_depth, plan_load
 from pretrained.core.progress import reporting
 from pretrained.core.report import LoadReport
 from pretrained.core.skeleton import ParamSpec, Skeleton
 from pretrained.errors import (
     ArgumentError,
-    CheckpointError,
     ConfigError,
-    NotYetError,
     PretrainedError,
     UnknownArgumentError,
 )
@@ -45,6 +39,14 @@ from pretrained.torch.devices import check_memory, home_name, single_device
 from pretrained.torch.dispatch import Homes, attach
 from pretrained.torch.empty import no_memory
 from pretrained.torch.initialise import initialise_missing
+from pretrained.torch.load_sources import (
+    check_generation_config,
+    find_source,
+    layouts_of,
+    open_weights,
+    read_generation_config,
+    read_model_config,
+)
 from pretrained.torch.offload import DiskWeights
 from pretrained.torch.place import blocks_of, is_one_device, on_disk, place, placed_reader, sizes_of
 from pretrained.torch.quantize import Quantizer, all_ties, packed_keys, quantizer_for
@@ -76,10 +78,10 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     is_simple = is_one_device(options.device_map) and options.max_memory is None
     device = single_device(options.device_map) if is_simple else None
     check_dtype(options.dtype)
-    _check_generation_config(options.generation_config)
-    source = _source(path, options)
-    checkpoint = _open(source, options)
-    config, kwargs = _config(cls, source, checkpoint, options, kwargs)
+    check_generation_config(options.generation_config)
+    source = find_source(path, options)
+    checkpoint = open_weights(source, options)
+    config, kwargs = read_model_config(cls, source, checkpoint, options, kwargs)
     check_depth(config, checkpoint, path)
     dtype = resolve_dtype(options.dtype, config, checkpoint)
     model = build_empty(cls, config, *model_args, **kwargs)
@@ -93,10 +95,10 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
         checkpoint,
         skeleton,
         policy_of(model, options, dtype),
-        layouts=_layouts(checkpoint),
+        layouts=layouts_of(checkpoint),
         source=path,
     )
-    model.generation_config = _generation_config(model, source, options)
+    model.generation_config = read_generation_config(model, source, options)
     read = state_dict_reader(options.state_dict) if options.state_dict is not None else None
     if device is not None:
         plan, read = quantizer.wrap(model, plan, read or mapped_reader(copy_all=options.disable_mmap))
@@ -179,8 +181,10 @@ def build_empty(cls: type[Model], config: PreTrainedConfig, *args: Any, **kwargs
         if config.name_or_path and config.name_or_path not in str(error.where):
             error.where = f"{error.where}, {config.name_or_path}" if error.where else config.name_or_path
         raise
-    except (RuntimeError, OverflowError) as error:
-        if isinstance(error, PretrainedError):
+    except (RuntimeError, OverflowError, TypeError) as error:
+        # Of a size beyond 63 bits torch says by a TypeError that it is one.
+        ours = isinstance(error, PretrainedError)
+        if ours or (isinstance(error, TypeError) and "verflow" not in str(error)):
             raise
         raise ConfigError(
             f"{cls.__name__} cannot be built with the sizes in its config",
@@ -433,152 +437,6 @@ def _config_dtype(config: PreTrainedConfig) -> str | None:
             expected=error.expected,
             mend="Pass dtype='float32' or another one.",
         ) from error
-
-
-# -- where things come from ----------------------------------------------------------------------
-
-
-def _source(path: str | Path | None, options: LoadOptions) -> Source | None:
-    if path is None:
-        if options.state_dict is None or options.config is None:
-            raise ArgumentError(
-                "Nothing to load from",
-                where="pretrained_model_name_or_path",
-                found=None,
-                mend="Pass a name or path, or both config= and state_dict=.",
-            )
-        return None
-    if options.state_dict is not None:
-        raise ArgumentError(
-            "state_dict and the path both give the weights",
-            where="state_dict",
-            mend="To load these tensors pass None as the path and the config as config=.",
-        )
-    return resolve(path, options.hub)
-
-
-def _open(source: Source | None, options: LoadOptions) -> Checkpoint:
-    """Read the headers of the weights, whatever holds them."""
-    if options.state_dict is not None:
-        return _state_dict_checkpoint(options.state_dict)
-    assert source is not None
-    if source.kind == "file" and source.path is not None and source.path.name != "config.json":
-        checkpoint = open_checkpoint(source.path)
-    else:
-        wishes: dict[str, Any] = {
-            "variant": options.variant,
-            "use_safetensors": options.use_safetensors,
-            "gguf_file": options.gguf_file,
-        }
-        checkpoint = open_checkpoint(find_weights(source.weights_folder(**wishes), **wishes))
-    if checkpoint.framework in ("tf", "flax"):
-        raise NotYetError(
-            f"These weights were written by {checkpoint.framework}, which lays tensors out differently",
-            where=checkpoint.files[0],
-            mend="Reading them in PyTorch comes with that backend's release.",
-        )
-    if checkpoint.framework not in (None, "pt", "mlx", "np"):
-        raise CheckpointError(
-            "The file says it was written for a framework that is not known here",
-            where=checkpoint.files[0],
-            expected="metadata format 'pt'",
-            found=repr(checkpoint.framework),
-            mend="Write the file again with its format metadata set to 'pt' if its layout is PyTorch's.",
-        )
-    return checkpoint
-
-
-def _state_dict_checkpoint(state_dict: Mapping[str, torch.Tensor]) -> Checkpoint:
-    infos = {}
-    for key, tensor in state_dict.items():
-        fault = _fault_of(key, tensor)
-        if fault is not None:
-            raise ArgumentError(
-                "A value of state_dict is not a plain tensor with values",
-                where=f"state_dict[{key!r}]",
-                expected="texts as keys, dense torch tensors as values",
-                found=fault,
-            )
-        nbytes = tensor.numel() * tensor.element_size()
-        infos[key] = TensorInfo(
-            key, dtype_name_of(tensor.dtype), tuple(tensor.shape), Path("state_dict"), 0, nbytes
-        )
-    return Checkpoint(infos, (), "state_dict")
-
-
-def _fault_of(key: Any, tensor: Any) -> str | None:
-    """Say what keeps an entry of a state dict from being a weight."""
-    if not isinstance(key, str):
-        return f"a key of type {type(key).__name__}"
-    if not isinstance(tensor, torch.Tensor):
-        return type(tensor).__name__
-    if tensor.is_meta:
-        return "a tensor on the device 'meta', which has no values"
-    if tensor.layout != torch.strided or tensor.dtype not in TORCH_DTYPES.values():
-        return f"a tensor of layout {tensor.layout} and dtype {tensor.dtype}"
-    return None
-
-
-def _config(
-    cls: type[Any],
-    source: Source | None,
-    checkpoint: Checkpoint,
-    options: LoadOptions,
-    kwargs: dict[str, Any],
-) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """Return the config, and the arguments that are left for the constructor."""
-    config = options.config
-    if "return_unused_kwargs" in kwargs:
-        raise unknown_argument(cls.__name__, ["return_unused_kwargs"], (), "It belongs to configs.")
-    if isinstance(config, PreTrainedConfig):
-        config, rest = copy.deepcopy(config), kwargs
-    elif config is not None:
-        config, rest = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **kwargs)
-    else:
-        assert source is not None
-        values = _config_values(source, checkpoint)
-        values["_name_or_path"] = source.name
-        config, rest = cls.config_class.from_dict(values, return_unused_kwargs=True, **kwargs)
-    if options.attn_implementation is not None:
-        config.update({"attn_implementation": options.attn_implementation})
-    return config, rest
-
-
-def _config_values(source: Source, checkpoint: Checkpoint) -> dict[str, Any]:
-    if checkpoint.format == "gguf":
-        return gguf_config(checkpoint.metadata, checkpoint.tensors)
-    file = source.require("config.json")
-    return read_json_object(file)
-
-
-def _layouts(checkpoint: Checkpoint) -> Mapping[str, MappedTensor] | None:
-    if checkpoint.format != "gguf":
-        return None
-    metadata, tensors = checkpoint.metadata, checkpoint.tensors
-    return gguf_key_map(gguf_architecture(metadata), gguf_config(metadata, tensors), tensors)
-
-
-def _check_generation_config(given: Any) -> None:
-    if not isinstance(given, GenerationConfig | Mapping | None):
-        raise ArgumentError(
-            "generation_config has a value of the wrong type",
-            where="generation_config",
-            expected="a GenerationConfig or a dictionary",
-            found=f"{type(given).__name__} {given!r}"[:200],
-            mend="To read one use GenerationConfig.from_pretrained(...).",
-        )
-
-
-def _generation_config(model: Any, source: Source | None, options: LoadOptions) -> Any:
-    if not model.can_generate():
-        return None
-    given = options.generation_config
-    if given is not None:
-        return GenerationConfig.from_dict(given) if isinstance(given, Mapping) else copy.deepcopy(given)
-    file = None if source is None else source.file("generation_config.json", required=False)
-    if file is None:
-        return GenerationConfig.from_model_config(model.config)
-    return GenerationConfig.from_dict(read_json_object(file))
 
 
 # -- after the bytes -----------------------------------------------------------------------------
