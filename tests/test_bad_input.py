@@ -8,6 +8,7 @@ spent before the error.
 import json
 import os
 import pickle
+import random
 import re
 import subprocess
 import sys
@@ -563,3 +564,52 @@ def test_a_checkpoint_of_something_else(folder):
     assert "found 0 matching and 21 other keys" in text
     assert "keys that nothing uses, such as 'other." in text
     fails(WeightsError, "19 of 20|20 of 20", folder.path, LlamaModel)
+
+
+# -- anything at all -------------------------------------------------------------------------------
+
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    1e300,
+    float("nan"),
+    10**18,
+    "x",
+    "",
+    [],
+    {},
+    [1],
+    {"a": 1},
+    {"0": [1]},
+    "bert",
+]
+MORE_KEYS = [
+    *("rope_scaling", "rope_parameters", "layer_types", "id2label", "num_labels", "quantization_config"),
+    *("torch_dtype", "pruned_heads", "max_length", "decoder", "text_config", "architectures", "problem_type"),
+]
+
+
+@pytest.mark.parametrize("cls", [LlamaForCausalLM, AutoModelForCausalLM])
+def test_any_config_loads_or_fails_with_an_error_of_ours(folder, cls):
+    chance = random.Random(7)
+    file = folder.path / "config.json"
+    content = json.loads(file.read_text())
+    raw = file.read_bytes()
+    outcomes = set()
+    for _ in range(150):
+        changed = dict(content)
+        for _ in range(chance.randint(1, 3)):
+            changed[chance.choice([*content, *MORE_KEYS])] = chance.choice(ODD)
+        damaged = bytearray(raw)
+        for _ in range(chance.randint(1, 3)):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        for data in (json.dumps(changed).encode(), bytes(damaged)):
+            file.write_bytes(data)
+            try:
+                outcomes.add(type(load(folder.path, cls)))
+            except PretrainedError as error:
+                outcomes.add(type(error))
+    assert {LlamaForCausalLM, ConfigError, WeightsError} <= outcomes
