@@ -27,6 +27,7 @@ _NAMES = {
     "pretrained.core.config": ("PreTrainedConfig", "PretrainedConfig"),
     "pretrained.core.generation_config": ("GenerationConfig", "GenerationMode"),
     "pretrained.core.push": ("PushToHubMixin",),
+    "pretrained.core.quantization": ("QuantizationConfig",),
     "pretrained.auto": (
         "AutoConfig",
         "AutoModel",

@@ -35,6 +35,7 @@ from pretrained.core.config import PretrainedConfig as PretrainedConfig
 from pretrained.core.generation_config import GenerationConfig as GenerationConfig
 from pretrained.core.generation_config import GenerationMode as GenerationMode
 from pretrained.core.push import PushToHubMixin as PushToHubMixin
+from pretrained.core.quantization import QuantizationConfig as QuantizationConfig
 from pretrained.errors import ArgumentError as ArgumentError
 from pretrained.errors import CheckpointError as CheckpointError
 from pretrained.errors import ConfigError as ConfigError

@@ -78,6 +78,7 @@ GROUPS = {
         SequenceClassifierOutputWithPast TokenClassifierOutput
         """),
     "settings of generate": ["GenerationConfig", "GenerationMode"],
+    "settings of quantized loads": ["QuantizationConfig"],
     "type annotations and isinstance on what generate returns": words("""
         GenerateDecoderOnlyOutput GenerateEncoderDecoderOutput
         """),

@@ -328,6 +328,10 @@ def skeleton(config: LlamaConfig, head: str = "Model") -> Skeleton:
     for index in range(config.num_hidden_layers):
         _block(build, config, f"layers.{index}")
     build.norm("norm", config.hidden_size)
+    table = config.rope_table()
+    build.buffer("rotary_emb.inv_freq", len(table.inv_freq))
+    if table.long_inv_freq is not None:
+        build.buffer("rotary_emb.long_inv_freq", len(table.inv_freq))
     build.prefix = ""
     if head == "ForCausalLM":
         build.linear("lm_head", config.vocab_size, config.hidden_size)

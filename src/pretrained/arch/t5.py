@@ -21,6 +21,8 @@ KEY_RULES: tuple[KeyRule, ...] = (
     Drop("*EncDecAttention.relative_attention_bias.weight", "cross-attention has no relative positions"),
 )
 NO_SPLIT = ("T5Block",)
+# Trained in bfloat16: the products of these pass float16's range.
+KEEP_IN_FP32 = ("wo",)
 BASE_MODEL_PREFIX = "transformer"
 
 _POSITIVE = (

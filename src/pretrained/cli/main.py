@@ -18,6 +18,7 @@ _VERBS = {
     "demo": ("pretrained.cli.demo", "fetch a small model and chat with it"),
     "run": ("pretrained.cli.run", "generate text with a model"),
     "inspect": ("pretrained.cli.inspect", "show what a model holds, from headers only"),
+    "plan": ("pretrained.cli.plan", "show where a model's weights would live"),
 }
 
 _EXAMPLES = """\
@@ -26,6 +27,7 @@ examples:
   pretrained run ./my-model "What is the capital of France?"
   pretrained run model.gguf - < prompt.txt
   pretrained inspect ./my-model
+  pretrained plan ./my-model --max-memory 0=10GiB,cpu=30GiB --dtype bf16
 """
 
 

@@ -29,20 +29,12 @@ _RETIRED = {
     "mirror": "Set HF_ENDPOINT to the mirror's address instead.",
 }
 
-_PLACEMENT = "It comes with the release of placement over several devices."
-_QUANTIZED = "It comes with the release of quantized loading."
 _MACHINES = "It comes with the release for several machines."
 _ADAPTERS = "It comes with the release of adapters."
 _UNPLANNED = "No release is planned to have it; leave it out."
 
 # Known to the ecosystem and not offered yet: name -> (values that ask for nothing, when to expect it).
 _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
-    "max_memory": ((None,), _PLACEMENT),
-    "offload_folder": ((None,), _PLACEMENT),
-    "offload_buffers": ((None, False), _PLACEMENT),
-    "quantization_config": ((None,), _QUANTIZED),
-    "load_in_8bit": ((None, False), _QUANTIZED),
-    "load_in_4bit": ((None, False), _QUANTIZED),
     "from_tf": ((None, False), "It comes with the release of the TensorFlow backend."),
     "from_flax": ((None, False), "It comes with the release of the Flax backend."),
     "tp_plan": ((None,), _MACHINES),
@@ -100,6 +92,9 @@ class LoadOptions:
         config: Config object, or where to read one; None to read it beside the weights.
         dtype: Dtype in any spelling, ``"auto"``, or None for the library's default (float32).
         device_map: Where the weights go.
+        max_memory: Device -> bytes or text such as "10GiB"; for the maps that are planned.
+        offload_folder: Where weights on disk go that cannot stay as they lie in the checkpoint.
+        offload_buffers: Let buffers follow the map onto the CPU and disk too.
         variant: Infix of the weights' file names.
         use_safetensors: None prefers safetensors, True requires it, False skips it.
         weights_only: Always true: pickles are never executed.
@@ -111,6 +106,9 @@ class LoadOptions:
         output_loading_info: Return ``(model, info)``.
         attn_implementation: Name of the attention implementation.
         generation_config: Replaces the one beside the weights.
+        quantization_config: How to store dense layers: a `QuantizationConfig` or its dictionary.
+        load_in_8bit: Short for ``{"quant_method": "int8"}``.
+        load_in_4bit: Short for ``{"quant_method": "int4"}``.
         disable_mmap: Read files into memory of their own instead of mapping them.
         progress: False for none, a function ``(bytes, total, stage)``, or None for a bar on a terminal.
     """
@@ -119,6 +117,9 @@ class LoadOptions:
     config: Any = None
     dtype: Any = None
     device_map: Any = None
+    max_memory: Mapping[Any, Any] | None = None
+    offload_folder: Any = None
+    offload_buffers: bool = False
     variant: str | None = None
     use_safetensors: bool | None = None
     weights_only: bool = True
@@ -130,6 +131,9 @@ class LoadOptions:
     output_loading_info: bool = False
     attn_implementation: str | None = None
     generation_config: Any = None
+    quantization_config: Any = None
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
     disable_mmap: bool = False
     progress: Progress | bool | None = None
 
@@ -173,6 +177,12 @@ class LoadOptions:
                 mend="Pass only one of them.",
             )
         check_config(self.config)
+        if self.max_memory is not None and self.device_map is None:
+            raise ArgumentError(
+                "max_memory says how much each device may give, and no device_map asks for a plan",
+                where="max_memory",
+                mend="Pass device_map='auto' too.",
+            )
         if isinstance(self.dtype, Mapping):
             raise ArgumentError(
                 "dtype is a dictionary, which is for models made of several sub-models",

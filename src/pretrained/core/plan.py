@@ -64,6 +64,7 @@ class LoadPolicy:
         rules: The architecture's key rules.
         base_prefix: Attribute that holds the headless model.
         allow_missing: Initialise missing weights of the body instead of refusing.
+        packed: Keys of quantized layers, whose tensors are taken as they are stored.
     """
 
     dtype: str | None = "float32"
@@ -77,6 +78,7 @@ class LoadPolicy:
     rules: Sequence[KeyRule] = ()
     base_prefix: str = ""
     allow_missing: bool = False
+    packed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,7 @@ def plan_load(
         key_mapping=policy.key_mapping,
     )
     steps, mismatched = _steps(checkpoint, skeleton, policy, match, names, layouts or {})
-    _check_numbers(steps, skeleton, match, source)
+    _check_numbers(steps, skeleton, match, policy.packed, source)
     if mismatched and not policy.ignore_mismatched_sizes:
         raise _shapes_differ(mismatched, source)
     _check_body(match, skeleton, policy, names, source)
@@ -236,14 +238,21 @@ def _steps(
         if shape != spec.shape:
             mismatched.append((key, shape, spec.shape))
             continue
-        dtype = _target_dtype(key, info.dtype, policy)
+        dtype = target_dtype(key, info.dtype, policy)
         steps.append(LoadStep(key, info, dtype, None if layout is None else layout.apply, shape))
     return steps, mismatched
 
 
-def _target_dtype(key: str, stored: str, policy: LoadPolicy) -> str:
+def target_dtype(key: str, stored: str, policy: LoadPolicy) -> str:
+    """Return the name of the dtype that a weight is loaded as.
+
+    Args:
+        key: Promised key.
+        stored: Its dtype in the file; a block type of GGML counts as floating.
+        policy: The wishes of the call.
+    """
     plain = DTYPES.get(stored)
-    if plain is not None and not plain.is_floating:
+    if key in policy.packed or (plain is not None and not plain.is_floating):
         return stored
     dtype = policy.dtype or (stored if plain is not None else "float32")
     half = dtype in ("float16", "bfloat16")
@@ -264,7 +273,13 @@ def _findings(keys: Sequence[str], silent: Sequence[str]) -> tuple[str, ...]:
     return tuple(key for key in keys if not any(pattern.search(key) for pattern in patterns))
 
 
-def _check_numbers(steps: Sequence[LoadStep], skeleton: Skeleton, match: KeyMatch, source: object) -> None:
+def _check_numbers(
+    steps: Sequence[LoadStep],
+    skeleton: Skeleton,
+    match: KeyMatch,
+    packed: frozenset[str],
+    source: object,
+) -> None:
     """Raise where the files hold whole numbers or quantized ones where weights should be."""
     quantized = [key for key in match.unexpected if _QUANTIZED.search(key)]
     if quantized:
@@ -278,7 +293,8 @@ def _check_numbers(steps: Sequence[LoadStep], skeleton: Skeleton, match: KeyMatc
     whole = [
         f"{step.key} ({step.source.dtype})"
         for step in steps
-        if not skeleton.params[step.key].is_buffer
+        if step.key not in packed
+        and not skeleton.params[step.key].is_buffer
         and step.source.dtype in DTYPES
         and not DTYPES[step.source.dtype].is_floating
     ]

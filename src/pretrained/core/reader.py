@@ -86,6 +86,14 @@ class MappedFiles:
         _check_size(info, len(mapped))
         return mapped[info.offset : info.offset + info.nbytes]
 
+    def is_mapped(self, file: Path) -> bool:
+        """Tell whether the bytes that `buffer` gave of a file are its own pages, not a copy.
+
+        Args:
+            file: A file that was asked for.
+        """
+        return self._maps.get(file) is not None
+
     def release(self, info: TensorInfo, start: int = 0, end: int | None = None) -> None:
         """Let the system take back the pages of bytes that have been copied and are not needed again.
 
@@ -105,7 +113,9 @@ class MappedFiles:
         first = -(-(info.offset + start) // page) * page
         last = (info.offset + (info.nbytes if end is None else end)) // page * page
         if last > first:
-            _forget(mapped.obj, first, last - first)
+            # It is advice, so failing is no fault.
+            with contextlib.suppress(OSError, AttributeError):
+                release_pages(np.frombuffer(mapped, np.uint8).ctypes.data + first, last - first)
 
     def array(self, info: TensorInfo) -> npt.NDArray[Any]:
         """Return a tensor as a numpy array.
@@ -163,18 +173,6 @@ def _map_without_descriptor(opened: BinaryIO, size: int) -> memoryview:
     return memoryview(memory).cast("B")
 
 
-def _forget(memory: Any, start: int, length: int) -> None:
-    """Drop a range of a map's pages, where the system offers that; it is advice, so failing is no fault."""
-    advice = getattr(mmap, "MADV_DONTNEED", None)
-    if advice is None:
-        return
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        if isinstance(memory, mmap.mmap):
-            memory.madvise(advice, start, length)
-        else:
-            _c_library().madvise(ctypes.addressof(memory) + start, length, advice)
-
-
 @functools.cache
 def _c_library() -> ctypes.CDLL:
     library = ctypes.CDLL(None, use_errno=True)
@@ -184,6 +182,23 @@ def _c_library() -> ctypes.CDLL:
     library.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     library.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return library
+
+
+def release_pages(address: int, nbytes: int) -> None:
+    """Give pages of a private map back; the next access reads them from the file again.
+
+    Through C, since `mmap.madvise` holds the interpreter's lock meanwhile. Edits in the pages are lost.
+
+    Args:
+        address: Of the first page; a multiple of the page size.
+        nbytes: A multiple of the page size.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    if _c_library().madvise(address, nbytes, mmap.MADV_DONTNEED):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
 
 
 def _read_span(info: TensorInfo) -> memoryview:

@@ -24,6 +24,8 @@ class LoadReport:
         dropped: Keys of the files that a rule leaves out -> why.
         errors: Messages about tensors that could not be used.
         dtypes: Stored dtype -> loaded dtype -> number of tensors.
+        quantized: Layers that this load has quantized -> root-mean-square error of the weight, relative
+            to its root mean square.
         nbytes_read: Bytes of the files that were used.
         load_s: Seconds from the call to the ready model.
     """
@@ -36,6 +38,7 @@ class LoadReport:
     dropped: Mapping[str, str] = field(default_factory=dict)
     errors: tuple[str, ...] = ()
     dtypes: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    quantized: Mapping[str, float] = field(default_factory=dict)
     nbytes_read: int = 0
     load_s: float = 0.0
 
@@ -47,6 +50,11 @@ class LoadReport:
             "mismatched_keys": sorted(self.mismatched),
             "error_msgs": list(self.errors),
         }
+
+    @property
+    def worst_quantized(self) -> tuple[str, float] | None:
+        """The quantized layer with the largest relative error, and the error."""
+        return max(self.quantized.items(), key=lambda item: item[1], default=None)
 
     @property
     def is_plain(self) -> bool:
@@ -64,6 +72,9 @@ class LoadReport:
         if self.unexpected:
             lines.append("  not used (another head or architecture):")
             lines += [f"    {key}" for key in fold_keys(self.unexpected)]
+        if (worst := self.worst_quantized) is not None:
+            count, (layer, error) = len(self.quantized), worst
+            lines.append(f"  {count} layers quantized; largest relative error {error:.2%}, {layer}")
         lines += [f"  {message}" for message in self.errors]
         return "\n".join(lines)
 

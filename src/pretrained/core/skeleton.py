@@ -38,10 +38,12 @@ class Skeleton:
     Attributes:
         params: By key, in module order; a tie group's aliases are listed too.
         ties: Alias key -> the key that owns the tensor.
+        derived: Buffers that no file holds, for they follow from the config (rotary frequencies); float32.
     """
 
     params: Mapping[str, ParamSpec]
     ties: Mapping[str, str] = field(default_factory=dict)
+    derived: Mapping[str, ParamSpec] = field(default_factory=dict)
 
     @property
     def num_parameters(self) -> int:
@@ -64,6 +66,7 @@ class SkeletonBuilder:
         self.prefix = prefix
         self._params: dict[str, ParamSpec] = {}
         self._ties: dict[str, str] = {}
+        self._derived: dict[str, ParamSpec] = {}
         self._block: str | None = None
 
     def block(self, path: str | None) -> None:
@@ -82,6 +85,16 @@ class SkeletonBuilder:
             *shape: Its sizes.
         """
         self._params[self.prefix + key] = ParamSpec(self.prefix + key, shape, self._block)
+
+    def buffer(self, key: str, *shape: int) -> None:
+        """Add a buffer that is derived, not loaded.
+
+        Args:
+            key: Name below the prefix.
+            *shape: Its sizes.
+        """
+        name = self.prefix + key
+        self._derived[name] = ParamSpec(name, shape, self._block, is_buffer=True)
 
     def linear(self, path: str, out_features: int, in_features: int, *, bias: bool = False) -> None:
         """Add a dense layer's weight (out, in) and, if asked, its bias.
@@ -119,4 +132,4 @@ class SkeletonBuilder:
 
     def build(self) -> Skeleton:
         """Return the finished skeleton."""
-        return Skeleton(dict(self._params), dict(self._ties))
+        return Skeleton(dict(self._params), dict(self._ties), dict(self._derived))

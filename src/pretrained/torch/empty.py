@@ -43,3 +43,10 @@ def no_memory() -> Iterator[None]:
     """Make tensors that are created inside have shapes only; torch keeps this for each thread."""
     with torch.device("meta"), _NoValues():
         yield
+
+
+@contextmanager
+def no_fills() -> Iterator[None]:
+    """Skip the filling of tensors that have no memory, and nothing else."""
+    with _NoValues():
+        yield

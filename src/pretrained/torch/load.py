@@ -12,7 +12,7 @@ import inspect
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from pretrained.core.budgets import DISK
 from pretrained.core.checkpoint import Checkpoint
 from pretrained.core.config import PreTrainedConfig
 from pretrained.core.dtypes import DTYPES, floating_dtype_name
@@ -34,7 +35,8 @@ from pretrained.errors import (
     PretrainedError,
     UnknownArgumentError,
 )
-from pretrained.torch.devices import check_covers, check_memory, named_map, single_device
+from pretrained.torch.devices import check_memory, home_name, single_device
+from pretrained.torch.dispatch import Homes, attach
 from pretrained.torch.empty import no_memory
 from pretrained.torch.initialise import initialise_missing
 from pretrained.torch.load_sources import (
@@ -45,6 +47,11 @@ from pretrained.torch.load_sources import (
     read_generation_config,
     read_model_config,
 )
+from pretrained.torch.offload import DiskWeights
+from pretrained.torch.place import blocks_of, is_one_device, on_disk, place, placed_reader, sizes_of
+from pretrained.torch.quantize import Quantizer, all_ties, packed_keys, quantizer_for
+from pretrained.torch.quantized import IntegerLeaf
+from pretrained.torch.quantized_ops import Packed
 from pretrained.torch.tensors import TORCH_DTYPES, Read, dtype_name_of, mapped_reader, state_dict_reader
 from pretrained.torch.ties import settle_ties
 
@@ -67,7 +74,9 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     """
     started = time.perf_counter()
     options = LoadOptions.take(kwargs)
-    device = single_device(options.device_map)
+    # A budget is held against a map of one device too, which takes the sizes that only a plan knows.
+    is_simple = is_one_device(options.device_map) and options.max_memory is None
+    device = single_device(options.device_map) if is_simple else None
     check_dtype(options.dtype)
     check_generation_config(options.generation_config)
     source = find_source(path, options)
@@ -77,24 +86,31 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     dtype = resolve_dtype(options.dtype, config, checkpoint)
     model = build_empty(cls, config, *model_args, **kwargs)
     model.name_or_path = "" if path is None else str(path)
-    check_covers(options.device_map, model)
     if checkpoint.format != "gguf":
         settle_ties(model, checkpoint, key_mapping=options.key_mapping, state_dict=options.state_dict)
+    quantizer = quantizer_for(config, checkpoint, options, dtype)
+    quantizer.prepare(model, checkpoint)
+    skeleton = skeleton_of(model)
     plan = plan_load(
         checkpoint,
-        skeleton_of(model),
+        skeleton,
         policy_of(model, options, dtype),
         layouts=layouts_of(checkpoint),
         source=path,
     )
     model.generation_config = read_generation_config(model, source, options)
     read = state_dict_reader(options.state_dict) if options.state_dict is not None else None
-    execute(model, plan, device, read or mapped_reader(copy_all=options.disable_mmap), options.progress)
+    if device is not None:
+        plan, read = quantizer.wrap(model, plan, read or mapped_reader(copy_all=options.disable_mmap))
+        execute(model, plan, device, read, options.progress, dtype=dtype)
+    else:
+        plan = execute_placed(model, plan, skeleton, read, options, dtype, quantizer)
     config.dtype = dtype_name_of(model.dtype)
     model._checkpoint_names = dict(plan.renamed)
+    quantizer.finish(model)
     model.eval()
-    if options.device_map is not None:
-        model.hf_device_map = named_map(options.device_map, device)
+    if options.device_map is not None and device is not None:
+        model.hf_device_map = {"": home_name(device)}
     report = LoadReport(
         model=cls.__name__,
         source=str(path) if path is not None else "state_dict",
@@ -103,6 +119,7 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
         mismatched=plan.mismatched,
         dropped=plan.dropped,
         dtypes=plan.dtypes,
+        quantized=quantizer.errors,
         nbytes_read=plan.nbytes_to_read,
         load_s=time.perf_counter() - started,
     )
@@ -122,6 +139,8 @@ def from_config(
 ) -> Model:
     """Build a model with new weights; `PreTrainedModel._from_config` documents the arguments."""
     config = copy.deepcopy(config)
+    # New weights are plain; the entry speaks of the files that the config came with.
+    config.__dict__.pop("quantization_config", None)
     if attn_implementation is not None:
         config.update({"attn_implementation": attn_implementation})
     dtype = torch_dtype if dtype is None else dtype
@@ -206,17 +225,17 @@ def skeleton_of(module: nn.Module) -> Skeleton:
         module: Any module, with or without memory.
     """
     params: dict[str, ParamSpec] = {}
+    derived: dict[str, ParamSpec] = {}
     for prefix, part in module.named_modules(remove_duplicate=False):
         for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
             key = f"{prefix}.{name}" if prefix else name
             params[key] = ParamSpec(key, tuple(parameter.shape))
         for name, buffer in part.named_buffers(recurse=False, remove_duplicate=False):
-            if name not in part._non_persistent_buffers_set:
-                key = f"{prefix}.{name}" if prefix else name
-                params[key] = ParamSpec(key, tuple(buffer.shape), is_buffer=True)
-    declared = getattr(module, "ties", None)
-    ties = declared() if callable(declared) else {}
-    return Skeleton(params, {alias: owner for alias, owner in ties.items() if alias in params})
+            key = f"{prefix}.{name}" if prefix else name
+            held = derived if name in part._non_persistent_buffers_set else params
+            held[key] = ParamSpec(key, tuple(buffer.shape), is_buffer=True)
+    ties = all_ties(module)
+    return Skeleton(params, {alias: owner for alias, owner in ties.items() if alias in params}, derived)
 
 
 def policy_of(model: Any, options: LoadOptions, dtype: str | None) -> LoadPolicy:
@@ -239,13 +258,14 @@ def policy_of(model: Any, options: LoadOptions, dtype: str | None) -> LoadPolicy
         rules=tuple(model.key_rules),
         base_prefix=model.base_model_prefix,
         allow_missing=options.allow_missing,
+        packed=packed_keys(model),
     )
 
 
 def execute(
     model: Any,
     plan: LoadPlan,
-    device: torch.device,
+    device: torch.device | Homes,
     read: Read,
     progress: Any = None,
     *,
@@ -256,20 +276,26 @@ def execute(
     Args:
         model: Built by `build_empty`; changed in place.
         plan: What to do.
-        device: Where the weights go.
+        device: Where the weights go: one device, or homes.
         read: Reads one tensor.
         progress: As `LoadOptions.progress`.
         dtype: Dtype of weights that are initialised; None for the one most loaded weights have.
     """
+    homes = device if isinstance(device, Homes) else Homes({"": home_name(device)}, device)
+    buffers = buffers_of(model)
     done = 0
+
+    def read_home(step: LoadStep) -> torch.Tensor:
+        return read(step, homes.resting(step.key, is_buffer=step.key in buffers))
+
     with reporting(progress, plan.nbytes_to_read, "loading") as report:
-        for step, tensor in _read_all(plan, read, device):
+        for step, tensor in _read_all(plan, read_home):
             assign(model, step.key, tensor)
             done += step.source.nbytes
             report(done, plan.nbytes_to_read, "loading")
     new = [key for key in plan.initialise if key not in plan.ties]
-    _allocate(model, new, device, TORCH_DTYPES[dtype or _usual_dtype(plan)])
-    _fill_derived_buffers(model, device)
+    _allocate(model, new, homes, TORCH_DTYPES[dtype or _usual_dtype(plan)])
+    _fill_derived_buffers(model, homes)
     model.tie_weights()
     initialise_missing(model, new)
     _audit(model, new)
@@ -277,17 +303,78 @@ def execute(
         module._initialised = True
 
 
-def _read_all(plan: LoadPlan, read: Read, device: torch.device) -> Iterator[tuple[LoadStep, torch.Tensor]]:
+def execute_placed(
+    model: Any,
+    plan: LoadPlan,
+    skeleton: Skeleton,
+    read: Read | None,
+    options: LoadOptions,
+    dtype: str | None,
+    quantizer: Quantizer,
+) -> LoadPlan:
+    """Carry a plan out over several homes and make the model run from them.
+
+    Args:
+        model: Built by `build_empty`; changed in place.
+        plan: What to do.
+        skeleton: What the model promises.
+        read: Reads weights that are in no file; None for weights in files.
+        options: The call's device map, budgets and offload folder.
+        dtype: Name of the dtype that weights are loaded as.
+        quantizer: What is quantized on the way.
+
+    Returns:
+        The plan with what is quantized on the way.
+    """
+    plan, quantized = quantizer.wrap(model, plan, read or mapped_reader(copy_all=options.disable_mmap))
+    skeleton = skeleton_of(model) if quantizer.is_active else skeleton
+    homes = place(
+        options.device_map,
+        skeleton,
+        quantizer.sizes(model, sizes_of(skeleton, plan, dtype or _usual_dtype(plan))),
+        blocks=blocks_of(model, model._no_split_modules),
+        modules=[path for path, _ in model.named_modules()],
+        max_memory=options.max_memory,
+        offload_buffers=options.offload_buffers,
+    )
+    if options.disable_mmap and DISK in homes.device_map.values():
+        raise ArgumentError(
+            "Weights placed on disk are used from the map of their file",
+            where="disable_mmap, device_map",
+            mend="Leave disable_mmap out, or place everything on devices and 'cpu'.",
+        )
+    quantizer.check_homes(homes.device_map.values())
+    buffers, store = buffers_of(model), DiskWeights()
+    placed = on_disk(plan, homes, buffers, store, read, options.offload_folder)
+    reader = placed_reader(quantized, homes, buffers, store)
+    execute(model, placed, homes, reader, options.progress, dtype=dtype)
+    attach(model, homes, store, skip_keys=getattr(model, "_skip_keys_device_placement", None) or ())
+    model.hf_device_map = dict(homes.device_map)
+    return plan
+
+
+def buffers_of(model: nn.Module) -> frozenset[str]:
+    """Return the keys of a module's buffers.
+
+    Args:
+        model: Any module.
+    """
+    return frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
+
+
+def _read_all(
+    plan: LoadPlan, read: Callable[[LoadStep], torch.Tensor]
+) -> Iterator[tuple[LoadStep, torch.Tensor]]:
     """Read every step, in file order; those that compute something side by side."""
     if all(step.is_view for step in plan.steps):
         for step in plan.steps:
-            yield step, read(step, device)
+            yield step, read(step)
         return
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        yield from zip(plan.steps, pool.map(lambda step: read(step, device), plan.steps), strict=True)
+        yield from zip(plan.steps, pool.map(read, plan.steps), strict=True)
 
 
-def assign(model: nn.Module, key: str, tensor: torch.Tensor) -> None:
+def assign(model: nn.Module, key: str, tensor: torch.Tensor | Packed) -> None:
     """Put a tensor where a key says, keeping whether it is trained.
 
     Args:
@@ -298,7 +385,10 @@ def assign(model: nn.Module, key: str, tensor: torch.Tensor) -> None:
     path, _, name = key.rpartition(".")
     module = model.get_submodule(path)
     old = module._parameters.get(name)
-    if old is not None:
+    if isinstance(tensor, Packed):
+        assert isinstance(module, IntegerLeaf)
+        module.fill(tensor)
+    elif old is not None:
         trained = old.requires_grad and tensor.is_floating_point()
         module._parameters[name] = nn.Parameter(tensor, requires_grad=trained)
     else:
@@ -360,28 +450,29 @@ def _usual_dtype(plan: LoadPlan) -> str:
     return max(floating, key=lambda name: floating[name], default=DEFAULT_DTYPE)
 
 
-def _allocate(model: nn.Module, keys: Iterable[str], device: torch.device, dtype: torch.dtype) -> None:
+def _allocate(model: nn.Module, keys: Iterable[str], homes: Homes, dtype: torch.dtype) -> None:
     """Give weights that are to be initialised memory, with a first element that shows if none does it."""
-    slots = {}
+    slots: dict[str, tuple[torch.Tensor, torch.device]] = {}
     for key in keys:
         path, _, name = key.rpartition(".")
         module = model.get_submodule(path)
         old = module._parameters.get(name, module._buffers.get(name))
         assert old is not None
-        slots[key] = old
-    check_memory({key: old.numel() * dtype.itemsize for key, old in slots.items()}, device)
-    for key, old in slots.items():
+        slots[key] = (old, homes.resting(key, is_buffer=name in module._buffers))
+    check_memory({k: old.numel() * dtype.itemsize for k, (old, at) in slots.items() if at.type == "cpu"})
+    for key, (old, device) in slots.items():
         tensor = torch.empty(old.shape, dtype=dtype if old.is_floating_point() else old.dtype, device=device)
         if tensor.numel() and tensor.is_floating_point():
             tensor.view(-1)[0] = float("nan")
         assign(model, key, tensor)
 
 
-def _fill_derived_buffers(model: nn.Module, device: torch.device) -> None:
-    for module in model.modules():
+def _fill_derived_buffers(model: nn.Module, homes: Homes) -> None:
+    for path, module in model.named_modules():
         derive = getattr(module, "init_buffers", None)
         if callable(derive):
-            derive(device)
+            name = next(iter(module._buffers), "")
+            derive(homes.resting(f"{path}.{name}" if path else name, is_buffer=True))
 
 
 def _audit(model: nn.Module, initialised: Iterable[str]) -> None:

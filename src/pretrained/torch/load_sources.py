@@ -143,7 +143,6 @@ def read_model_config(
     Raises:
         FileError: there is no config.
         ConfigError: it cannot be used.
-        NotYetError: it says that the weights are quantized.
     """
     config = options.config
     if "return_unused_kwargs" in kwargs:
@@ -159,20 +158,7 @@ def read_model_config(
         config, rest = cls.config_class.from_dict(values, return_unused_kwargs=True, **kwargs)
     if options.attn_implementation is not None:
         config.update({"attn_implementation": options.attn_implementation})
-    _refuse_quantized(config, source)
     return config, rest
-
-
-def _refuse_quantized(config: PreTrainedConfig, source: Source | None) -> None:
-    scheme = getattr(config, "quantization_config", None)
-    if scheme:
-        method = scheme.get("quant_method") if isinstance(scheme, Mapping) else type(scheme).__name__
-        raise NotYetError(
-            f"The config says that the weights are quantized ({method})",
-            where=f"quantization_config{'' if source is None else f', {source.name}'}",
-            mend="Loading them comes with the release of quantized loading; use the checkpoint in a plain "
-            "dtype, or a GGUF file. If these weights are plain, take quantization_config out of config.json.",
-        )
 
 
 def _config_values(source: Source, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -21,10 +21,15 @@ from pretrained.torch import load, save
 from pretrained.torch.attention import check_attn_implementation
 from pretrained.torch.embeddings_mixin import EmbeddingAccessMixin
 from pretrained.torch.initialise import initialise, initialise_module
+from pretrained.torch.placed_mixin import PlacedModelMixin
+from pretrained.torch.quantize import all_ties
+from pretrained.torch.quantized_mixin import QuantizedModelMixin
 from pretrained.torch.utils_mixin import ModuleUtilsMixin
 
 
-class PreTrainedModel(nn.Module, EmbeddingAccessMixin, ModuleUtilsMixin, PushToHubMixin):
+class PreTrainedModel(
+    QuantizedModelMixin, PlacedModelMixin, nn.Module, EmbeddingAccessMixin, ModuleUtilsMixin, PushToHubMixin
+):
     """Base of every model.
 
     A subclass builds its layers in ``__init__(config)``, ends it with `post_init`, and states its facts
@@ -125,7 +130,7 @@ class PreTrainedModel(nn.Module, EmbeddingAccessMixin, ModuleUtilsMixin, PushToH
             missing_keys: Accepted for compatibility: ties do not depend on what a file lacked.
             recompute_mapping: Accepted for compatibility: the ties follow from the config each time.
         """
-        for alias, owner in self.ties().items():
+        for alias, owner in all_ties(self).items():
             path, _, name = alias.rpartition(".")
             setattr(self.get_submodule(path), name, self.get_parameter(owner))
 

@@ -16,6 +16,9 @@ from pretrained.core.atomic_files import errors_with_mend
 from pretrained.core.weights_names import candidates
 from pretrained.core.writer import plan_shards, write_checkpoint
 from pretrained.errors import ArgumentError, FileError, NotYetError, UnknownArgumentError, did_you_mean
+from pretrained.torch.dispatch import disk_weights_of
+from pretrained.torch.offload import ReleaseBehind
+from pretrained.torch.quantize import all_ties
 from pretrained.torch.tensors import dtype_name_of
 from pretrained.torch.ties import head_tie
 
@@ -35,8 +38,8 @@ SaveFunction = Callable[[dict[str, torch.Tensor], str], Any]
 class _TensorSource:
     """A tensor that hands its bytes to the writer when its turn comes."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, tensor: torch.Tensor, behind: ReleaseBehind) -> None:
+        self.tensor, self._behind = tensor, behind
         self.dtype = dtype_name_of(tensor.dtype)
         self.shape = tuple(tensor.shape)
 
@@ -45,6 +48,7 @@ class _TensorSource:
         return self.tensor.numel() * self.tensor.element_size()
 
     def read(self) -> memoryview:
+        self._behind.enter(self.tensor)
         tensor = self.tensor.detach().cpu().contiguous()
         if not tensor.numel():
             return memoryview(b"")
@@ -108,7 +112,8 @@ def save_pretrained(
     if not is_main_process:
         return
     weights = weights_to_write(model, state_dict, save_original_format)
-    sources = {key: _TensorSource(tensor) for key, tensor in weights.items()}
+    behind = ReleaseBehind(disk_weights_of(model))
+    sources = {key: _TensorSource(tensor, behind) for key, tensor in weights.items()}
     _check_values(weights)
     names = {} if safe_serialization else {"file_stem": "pytorch_model", "suffix": ".bin"}
     sizes = {key: source.nbytes for key, source in sources.items()}
@@ -153,7 +158,7 @@ def weights_to_write(
                 where=f"state_dict[{key!r}]",
                 found=type(tensor).__name__,
             )
-    for alias, owner in model.ties().items():
+    for alias, owner in all_ties(model).items():
         # Written only where the two have come apart, for then the file must say so.
         if alias in weights and owner in weights and _same_memory(weights[alias], weights[owner]):
             del weights[alias]

@@ -1,0 +1,483 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running a model whose weights live in several places, through torch's own forward hooks.
+
+Each module with weights of its own that do not lie where it runs becomes a part (`_Part`). Before it runs,
+its weights are brought to its device; after it, they are dropped there, or, where it runs on the CPU, the
+pages of those on disk are let go. Between forwards the model holds its weights as ordinary CPU tensors, so
+that reading, saving and copying out work as on any model. `forward` is never replaced, and `remove_hooks`
+undoes everything.
+
+Running with an accelerator follows the same code and is untested so far: it copies when a part begins,
+without a ring of pinned memory or a stream of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Final
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from pretrained.core.budgets import CPU, DISK, Home, available_host_memory
+from pretrained.core.report import format_bytes
+from pretrained.core.units import covering
+from pretrained.errors import ArgumentError, PlacementError
+from pretrained.torch.devices import home_name
+from pretrained.torch.offload import DiskWeights, Span, cannot_copy, files_of
+from pretrained.torch.read_ahead import ReadAhead
+
+WHOLE: Final = ("MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer")
+"""Classes of torch that use weights of their submodules without calling them; each is one part."""
+
+# Never called themselves: what they hold is used by the module around them.
+_CONTAINERS: Final = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+@dataclass(frozen=True, slots=True)
+class Homes:
+    """Where every weight of a model lives and where its modules run.
+
+    Attributes:
+        device_map: Module path -> home; the longest path that covers a key counts.
+        main: Where modules run whose weights live on the CPU or on disk.
+        offload_buffers: Whether buffers follow the map onto the CPU or disk instead of staying where they are
+            used.
+    """
+
+    device_map: Mapping[str, Home]
+    main: torch.device
+    offload_buffers: bool = False
+
+    def home(self, key: str, *, is_buffer: bool = False) -> Home:
+        """Return the home of a weight.
+
+        Args:
+            key: Its name in the model.
+            is_buffer: Whether it is a buffer.
+        """
+        path = covering(key, self.device_map)
+        if path is None:
+            # A table that no file holds: a given map need not name it; weights were checked before.
+            return CPU if self.main.type == "cpu" else home_name(self.main)
+        home = self.device_map[path]
+        if is_buffer and not self.offload_buffers and home in (CPU, DISK):
+            return CPU if self.main.type == "cpu" else home_name(self.main)
+        return home
+
+    def execution(self, key: str) -> torch.device:
+        """Return where the module that holds a weight runs.
+
+        Args:
+            key: The weight's name in the model.
+        """
+        home = self.home(key)
+        return self.main if home in (CPU, DISK) else torch_device(home)
+
+    def resting(self, key: str, *, is_buffer: bool = False) -> torch.device:
+        """Return the device of a weight's tensor between forwards.
+
+        Args:
+            key: Its name in the model.
+            is_buffer: Whether it is a buffer.
+        """
+        home = self.home(key, is_buffer=is_buffer)
+        return torch.device("cpu") if home == DISK else torch_device(home)
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where any module runs."""
+        homes = set(self.device_map.values())
+        return {self.main if home in (CPU, DISK) else torch_device(home) for home in homes}
+
+
+def torch_device(home: Home) -> torch.device:
+    """Return torch's name for a home other than ``"disk"``.
+
+    Args:
+        home: An accelerator's index, or a device's name.
+    """
+    return torch.device("cuda", home) if isinstance(home, int) else torch.device(home)
+
+
+@dataclass(slots=True)
+class Dispatch:
+    """What is attached to a model that was placed; kept as ``model._dispatch``."""
+
+    homes: Homes
+    store: DiskWeights
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self.store.__deepcopy__(memo)
+
+    def __reduce__(self) -> Any:
+        return self.store.__reduce__()
+
+
+def attach(
+    model: nn.Module,
+    homes: Homes,
+    store: DiskWeights,
+    *,
+    skip_keys: Iterable[str] = (),
+    whole: Iterable[str] = (),
+    force: bool = False,
+) -> None:
+    """Make a model run with its weights where they are.
+
+    Args:
+        model: Its weights lie in their homes already; those on disk are tensors of `store`.
+        homes: Where they are.
+        store: The weights on disk.
+        skip_keys: Keyword arguments whose tensors are not moved between devices.
+        whole: Further classes whose submodules' weights are brought in together.
+        force: Attach hooks also where all weights lie where they are used.
+    """
+    remove_hooks(model)
+    dispatch = Dispatch(homes, store)
+    ahead = ReadAhead()
+    parts = _parts(model, homes, store, ahead, frozenset((*WHOLE, *whole)))
+    for part, following in pairwise(parts):
+        part.successor = following
+    skip = frozenset([skip_keys] if isinstance(skip_keys, str) else skip_keys)
+    if len(homes.devices) > 1 or (homes.main.type != "cpu" and (parts or force)):
+        for module, device in _entries(model, homes):
+            mover = _Mover(device, skip)
+            dispatch.handles.append(module.register_forward_pre_hook(mover.before, with_kwargs=True))
+        back = _Back(skip)
+        dispatch.handles.append(model.register_forward_pre_hook(back.before, with_kwargs=True, prepend=True))
+        dispatch.handles.append(model.register_forward_hook(back.after, with_kwargs=True))
+    for part in parts:
+        dispatch.handles.append(part.module.register_forward_pre_hook(part.before))
+        dispatch.handles.append(part.module.register_forward_hook(part.after, always_call=True))
+    for module, below in _sweepers(model, parts):
+        sweep = _Sweep(below)
+        dispatch.handles.append(module.register_forward_hook(sweep.after, always_call=True))
+    if not parts and not dispatch.handles and not force:
+        return
+    model._dispatch = dispatch  # type: ignore[assignment]
+
+
+def remove_hooks(model: nn.Module) -> None:
+    """Undo `attach`: the model's weights stay where they lie, as ordinary tensors.
+
+    Those on disk stay tensors on the map of their file, as after a plain load. Where weights lie on several
+    devices the model does not run any more until it is moved.
+
+    Args:
+        model: Any module.
+    """
+    model.__dict__.pop("_disk_weights", None)
+    dispatch = model.__dict__.get("_dispatch")
+    if dispatch is None:
+        return
+    for handle in dispatch.handles:
+        handle.remove()
+    del model._dispatch
+
+
+def disk_weights_of(model: nn.Module) -> DiskWeights | None:
+    """Return a placed model's weights on disk, or None for a model that was not placed.
+
+    Args:
+        model: Any module.
+    """
+    dispatch = model.__dict__.get("_dispatch")
+    return None if dispatch is None else dispatch.store
+
+
+def leave(model: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Prepare a placed model for `.to`, `.half` and the like: all weights come out of their homes.
+
+    Args:
+        model: Any module; one that was not placed is left alone.
+        convert: What torch will do to each weight.
+
+    Raises:
+        PlacementError: the memory for the weights on disk is not there; nothing has changed then.
+    """
+    dispatch = model.__dict__.get("_dispatch")
+    if dispatch is None:
+        return
+    need, seen = 0, set()
+    device = convert(next(model.parameters()).detach().view(-1)[:1]).device
+    for tensor in (*model.parameters(), *model.buffers()):
+        if dispatch.store.span_of(tensor.data) is None or tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        probe = convert(tensor.data.view(-1)[:1])
+        if (probe.dtype, probe.device) != (tensor.dtype, tensor.device):
+            need += tensor.numel() * probe.element_size()
+    left = available_host_memory() if device.type == "cpu" else None
+    if left is not None and need > left:
+        raise PlacementError(
+            "The weights on disk do not fit into memory together",
+            where="to, half, float, ...",
+            expected=f"{format_bytes(need)} of free memory",
+            found=format_bytes(left),
+            mend="Load the model again with the dtype or device_map that you want.",
+        )
+    remove_hooks(model)
+    if hasattr(model, "hf_device_map"):
+        model.hf_device_map = {"": home_name(device)}  # type: ignore[assignment]
+
+
+# -- parts ---------------------------------------------------------------------------------------
+
+Slot = tuple[nn.Module, str, bool]
+"""A module, a name in it, and whether that is a buffer."""
+
+
+class _Part:
+    """A module with weights that do not lie where it runs."""
+
+    def __init__(
+        self,
+        path: str,
+        module: nn.Module,
+        device: torch.device,
+        slots: Sequence[Slot],
+        spans: Sequence[Span],
+        reader: ReadAhead,
+    ) -> None:
+        self.path, self.module, self.device = path, module, device
+        self.slots, self.spans, self.reader = slots, spans, reader
+        self.files = files_of(spans)
+        # Of a table only some rows are read, so fetching all of it ahead would be waste.
+        self.ahead = [] if isinstance(module, nn.Embedding | nn.EmbeddingBag) else list(spans)
+        self.successor: _Part | None = None
+        self.is_requested = False
+        self.has_run = False
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._resting: list[tuple[Slot, torch.Tensor]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise cannot_copy("copied")
+
+    def __reduce__(self) -> Any:
+        raise cannot_copy("pickled")
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.spans:
+            self._check()
+            self.reader.enter(self)
+        if self.device.type != "cpu":
+            with self._lock:
+                self._inside += 1
+                if self._inside == 1:
+                    self._bring()
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.device.type != "cpu":
+            with self._lock:
+                # After an error in `before` of this or of another hook there is nothing to put back.
+                self._inside = max(0, self._inside - 1)
+                if self._inside == 0:
+                    self._put_back()
+        self.has_run = True
+        self.release()
+
+    def release(self) -> None:
+        self.is_requested = False
+        for span in self.spans:
+            span.release()
+
+    def _check(self) -> None:
+        for file in self.files:
+            file.check()
+        if self.module.training and torch.is_grad_enabled():
+            for owner, name, is_buffer in self.slots:
+                if not is_buffer and owner.get_parameter(name).requires_grad:
+                    raise _cannot_train(f"{self.path}.{name}")
+
+    def _bring(self) -> None:
+        for slot in self.slots:
+            owner, name, is_buffer = slot
+            table: dict[str, Any] = owner._buffers if is_buffer else owner._parameters
+            tensor = table[name]
+            if tensor is None or tensor.device == self.device:
+                continue
+            self._resting.append((slot, tensor))
+            copy = tensor.detach().to(self.device)
+            table[name] = copy if is_buffer else nn.Parameter(copy, requires_grad=False)
+
+    def _put_back(self) -> None:
+        while self._resting:
+            (owner, name, is_buffer), tensor = self._resting.pop()
+            table: dict[str, Any] = owner._buffers if is_buffer else owner._parameters
+            table[name] = tensor
+
+
+def _parts(
+    model: nn.Module, homes: Homes, store: DiskWeights, reader: ReadAhead, whole: frozenset[str]
+) -> list[_Part]:
+    """Return the parts of a model, in module order."""
+    slots: dict[str, list[tuple[Slot, str]]] = {}
+    modules: dict[str, nn.Module] = {}
+    for path, owner, module, name, is_buffer in _slots(model, whole):
+        key = f"{path}.{name}" if path else name
+        modules[owner[0]] = owner[1]
+        slots.setdefault(owner[0], []).append(((module, name, is_buffer), key))
+    parts = []
+    for path, held in slots.items():
+        device = homes.execution(held[0][1])
+        away, spans = [], []
+        for slot, _ in held:
+            owner_module, name, is_buffer = slot
+            tensor = (owner_module._buffers if is_buffer else owner_module._parameters)[name]
+            assert tensor is not None
+            span = store.span_of(tensor.data)
+            if span is not None:
+                spans.append(span)
+            if span is not None or tensor.device != device:
+                away.append(slot)
+        if away:
+            parts.append(_Part(path, modules[path], device, away, spans, reader))
+    return parts
+
+
+def _slots(
+    model: nn.Module, whole: frozenset[str]
+) -> Iterator[tuple[str, tuple[str, nn.Module], nn.Module, str, bool]]:
+    """Yield (path, the part's path and module, module, name, is a buffer) of every tensor of a model."""
+    seen: set[int] = set()
+
+    def walk(path: str, module: nn.Module, owner: tuple[str, nn.Module], is_inside: bool) -> Iterator[Any]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        if not is_inside and not isinstance(module, _CONTAINERS):
+            owner = (path, module)
+        for table, is_buffer in ((module._parameters, False), (module._buffers, True)):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    yield path, owner, module, name, is_buffer
+        inside = is_inside or type(module).__name__ in whole
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from walk(f"{path}.{name}" if path else name, child, owner, inside)
+
+    return walk("", model, ("", model), False)
+
+
+class _Sweep:
+    """Releases, after a module ran, weights below it that it may have used without calling their modules."""
+
+    def __init__(self, parts: Sequence[_Part]) -> None:
+        self._parts = parts
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for part in self._parts:
+            # One that ever ran is called by its forward, and has been released there.
+            if not part.has_run:
+                part.release()
+
+
+def _sweepers(model: nn.Module, parts: Sequence[_Part]) -> Iterator[tuple[nn.Module, list[_Part]]]:
+    """Yield the modules that call parts, with those below each."""
+    own = {id(part.module) for part in parts}
+    for path, module in model.named_modules():
+        if id(module) in own or isinstance(module, _CONTAINERS):
+            continue
+        below = [part for part in parts if part.spans and (not path or part.path.startswith(f"{path}."))]
+        if below:
+            yield module, below
+
+
+def _cannot_train(key: str) -> ArgumentError:
+    return ArgumentError(
+        "A weight placed on disk cannot be trained",
+        where=key,
+        mend="Place it on a device or on 'cpu', or freeze it with requires_grad_(False); for evaluation call "
+        "model.eval().",
+    )
+
+
+# -- inputs --------------------------------------------------------------------------------------
+
+
+class _Mover:
+    """Brings a module's inputs to the device it runs on."""
+
+    def __init__(self, device: torch.device, skip: frozenset[str]) -> None:
+        self._device, self._skip = device, skip
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        kept = {name: value for name, value in kwargs.items() if name in self._skip}
+        rest = {name: value for name, value in kwargs.items() if name not in self._skip}
+        return moved(args, self._device), {**moved(rest, self._device), **kept}
+
+
+class _Back:
+    """Brings the model's outputs to where its inputs came from."""
+
+    def __init__(self, skip: frozenset[str]) -> None:
+        self._skip = skip
+        self._local = threading.local()
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._local.device = next(_devices((args, kwargs)), None)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        device = getattr(self._local, "device", None)
+        if device is None:
+            return output
+        if isinstance(output, Mapping):
+            for name, value in output.items():
+                if name not in self._skip:
+                    output[name] = moved(value, device)  # type: ignore[index]
+            return output
+        return moved(output, device)
+
+    # Locals of a thread cannot be copied; a copied model is refused by its store with a clear word.
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Back:
+        return _Back(self._skip)
+
+
+def _entries(model: nn.Module, homes: Homes) -> Iterator[tuple[nn.Module, torch.device]]:
+    """Yield the modules at which a forward may pass to another device, with that device."""
+    for path, module in model.named_modules():
+        above = path.rpartition(".")[0]
+        if isinstance(module, _CONTAINERS) or covering(path, homes.device_map) is None:
+            continue
+        device = homes.execution(path)
+        parent = model.get_submodule(above) if path else None
+        outer = covering(above, homes.device_map) if path else None
+        differs = outer is None or homes.execution(above) != device
+        if not path or differs or isinstance(parent, _CONTAINERS):
+            yield module, device
+
+
+def _devices(value: Any) -> Iterator[torch.device]:
+    if isinstance(value, torch.Tensor):
+        yield value.device
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _devices(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _devices(item)
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Return a value with every tensor in its tuples, lists and dictionaries on a device.
+
+    Args:
+        value: Anything; objects of other classes are left as they are.
+        device: Where to.
+    """
+    if isinstance(value, torch.Tensor):
+        return value if value.device == device else value.to(device)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(moved(item, device) for item in value))
+    if type(value) in (list, tuple):
+        return type(value)(moved(item, device) for item in value)
+    if type(value) is dict:
+        return {name: moved(item, device) for name, item in value.items()}
+    return value

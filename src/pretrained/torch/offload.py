@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that live on disk: the checkpoint's own pages, let go of when they are not in use.
+
+A weight with the home ``disk`` is a tensor on a private map of the file that holds it, so its values are
+always there: reading `.weight`, saving and a state dict need nothing special. What makes it an offloaded
+weight is what happens around a forward (`pretrained.torch.dispatch`): `Span.release` gives its pages back.
+
+An edit in place of such a tensor makes private copies of the pages that it writes to. Releasing those would
+lose the edit in silence, so the page table is asked first, and a span with edited pages is kept in memory.
+
+What no map survives is its file being cut short in place: touching the lost pages kills the process. So the
+files are looked at before each use (`WatchedFile.check`) and a change raises. A file that is cut short while
+a layer computes is beyond that. Replacing a file by a rename is safe: the map keeps the old one.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import sys
+import weakref
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from pretrained.core.checkpoint import TensorInfo
+from pretrained.core.plan import LoadStep
+from pretrained.core.reader import MappedFiles, release_pages
+from pretrained.errors import ArgumentError, CheckpointError, FileError, PlacementError
+from pretrained.torch.tensors import TORCH_DTYPES
+
+logger = logging.getLogger(__name__)
+
+PAGE: Final = mmap.PAGESIZE
+
+# Only Linux is known to give a released page back with the file's content.
+_CAN_RELEASE: Final = sys.platform == "linux"
+
+# Linux, Documentation/admin-guide/mm/pagemap.rst: 8 bytes a page.
+_PAGEMAP: Final = "/proc/self/pagemap"
+_PRESENT, _SWAPPED, _OF_FILE = np.uint64(1 << 63), np.uint64(1 << 62), np.uint64(1 << 61)
+
+
+class WatchedFile:
+    """A file that weights are mapped from, held open so that a change of it shows.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise FileError(
+                "A file with offloaded weights cannot be opened", where=path, found=str(error)
+            ) from error
+        weakref.finalize(self, os.close, self.descriptor)
+        self._state = self._look()
+
+    def _look(self) -> tuple[int, int]:
+        state = os.fstat(self.descriptor)
+        return state.st_size, state.st_mtime_ns
+
+    def check(self) -> None:
+        """Raise where the file is not as it was when it was opened.
+
+        Raises:
+            CheckpointError: its size or its time of change is another one.
+        """
+        now = self._look()
+        if now == self._state:
+            return
+        cut = now[0] < self._state[0]
+        raise CheckpointError(
+            f"A weights file was {'cut short' if cut else 'changed'} under a model that runs from it",
+            where=self.path,
+            expected=f"{self._state[0]} bytes, unchanged since the load",
+            found=f"{now[0]} bytes",
+            mend="Restore the file and load the model again. To update a checkpoint under a running model, "
+            "write new files and rename them into place, as save_pretrained does.",
+        )
+
+
+class Span:
+    """The bytes of one weight inside a map.
+
+    Args:
+        file: The file that is mapped.
+        info: Which bytes.
+        tensor: The weight, a view of them.
+    """
+
+    __slots__ = ("_first", "_length", "address", "file", "info", "is_edited", "tensor")
+
+    def __init__(self, file: WatchedFile, info: TensorInfo, tensor: torch.Tensor) -> None:
+        self.file, self.info, self.tensor = file, info, tensor
+        self.address = tensor.data_ptr()
+        self.is_edited = False
+        # Whole pages only: the first and the last one may hold a part of a neighbour.
+        self._first = -(-self.address // PAGE) * PAGE
+        self._length = max(0, (self.address + info.nbytes) // PAGE * PAGE - self._first)
+
+    def release(self) -> None:
+        """Give the pages back; the next access reads them from the file again."""
+        if not self._length or self.is_edited or not _CAN_RELEASE:
+            return
+        if _edited(self._first, self._length, self.tensor):
+            self.is_edited = True
+            logger.info("%s was edited in place; it stays in memory from now on", self.info.key)
+            return
+        release_pages(self._first, self._length)
+
+
+def _edited(address: int, length: int, tensor: torch.Tensor) -> bool:
+    """Tell whether any page was written to, and is a private copy now."""
+    try:
+        with open(_PAGEMAP, "rb", buffering=0) as pagemap:
+            entries = np.frombuffer(
+                os.pread(pagemap.fileno(), length // PAGE * 8, address // PAGE * 8), np.uint64
+            )
+    except OSError:
+        entries = np.empty(0, np.uint64)
+    if len(entries) != length // PAGE:
+        # Without a page table to ask: torch counts edits, except those through `.data`.
+        return tensor._version > 0
+    state = entries & (_PRESENT | _SWAPPED | _OF_FILE)
+    return bool(((state == _PRESENT) | (state & _SWAPPED > 0)).any())
+
+
+class DiskWeights:
+    """The weights of one model that live on disk. Dropping the last tensor undoes the maps."""
+
+    def __init__(self) -> None:
+        self._maps = MappedFiles()
+        self._files: dict[Path, WatchedFile] = {}
+        self._spans: dict[int, Span] = {}
+        self._cleanups: list[weakref.finalize[..., Any]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise cannot_copy("copied")
+
+    def __reduce__(self) -> Any:
+        raise cannot_copy("pickled")
+
+    def tensor(self, info: TensorInfo) -> torch.Tensor:
+        """Return a weight as it lies in its file.
+
+        Args:
+            info: Contiguous values of a plain dtype, aligned to it; see `is_mappable`.
+
+        Raises:
+            PlacementError: the file system does not map files.
+        """
+        dtype = TORCH_DTYPES[info.dtype]
+        if info.num_elements == 0:
+            return torch.empty(info.shape, dtype=dtype)
+        buffer = self._maps.buffer(info)
+        if not self._maps.is_mapped(info.file):
+            raise PlacementError(
+                "The file system cannot map this file, so its weights cannot stay on disk",
+                where=info.file,
+                mend="Copy the checkpoint to a local disk, or place the weights on a device or 'cpu'.",
+            )
+        tensor = torch.frombuffer(buffer, dtype=dtype).view(info.shape)
+        file = self._files.get(info.file)
+        if file is None:
+            file = self._files[info.file] = WatchedFile(info.file)
+        self._spans[tensor.data_ptr()] = Span(file, info, tensor)
+        return tensor
+
+    def span_of(self, tensor: torch.Tensor) -> Span | None:
+        """Return the span that a tensor is the view of, if it is one.
+
+        Args:
+            tensor: Any tensor.
+        """
+        if tensor.device.type != "cpu" or not tensor.numel():
+            return None
+        span = self._spans.get(tensor.data_ptr())
+        whole = span is not None and tensor.numel() * tensor.element_size() == span.info.nbytes
+        return span if whole else None
+
+    def remove_with_me(self, file: Path) -> None:
+        """Remove a file once the model is gone; for weights that were written out of memory.
+
+        Args:
+            file: The file.
+        """
+        self._cleanups.append(weakref.finalize(self, _unlink, file))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights on disk."""
+        return sum(span.info.nbytes for span in self._spans.values())
+
+
+class ReleaseBehind:
+    """Lets go of one weight when the next is read, so that a pass over a model holds one at a time.
+
+    Args:
+        store: The model's weights on disk, or None for a model without.
+    """
+
+    def __init__(self, store: DiskWeights | None) -> None:
+        self._store = store
+        self._last: Span | None = None
+
+    def enter(self, tensor: torch.Tensor) -> None:
+        """Note that a weight is read now.
+
+        Args:
+            tensor: Any weight.
+
+        Raises:
+            CheckpointError: its file was changed.
+        """
+        if self._last is not None:
+            self._last.release()
+        self._last = None if self._store is None else self._store.span_of(tensor.detach())
+        if self._last is not None:
+            self._last.file.check()
+
+
+def is_mappable(step: LoadStep) -> bool:
+    """Tell whether a weight can be used as it lies in its file, without a copy.
+
+    Args:
+        step: A planned step.
+    """
+    info = step.source
+    dtype = TORCH_DTYPES.get(info.dtype)
+    plain = step.is_view and dtype is not None and info.strides is None
+    return plain and dtype is not None and info.offset % dtype.itemsize == 0
+
+
+def files_of(spans: Iterable[Span]) -> tuple[WatchedFile, ...]:
+    """Return the files of spans, each once.
+
+    Args:
+        spans: Any spans.
+    """
+    return tuple(dict.fromkeys(span.file for span in spans))
+
+
+def _unlink(file: Path) -> None:
+    with suppress(OSError):
+        file.unlink(missing_ok=True)
+
+
+def cannot_copy(verb: str) -> ArgumentError:
+    """Return the error for a placed model that is copied or pickled as an object.
+
+    Args:
+        verb: What was tried.
+    """
+    return ArgumentError(
+        f"A model that was placed over several homes cannot be {verb}",
+        mend="Save it with save_pretrained and load it again, or read its weights in first: model.to('cpu').",
+    )
