@@ -51,6 +51,16 @@ def llama(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def llama64(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama64")
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def run_plan(capsys, *words):
     code = main(["plan", *map(str, words)])
     out, err = capsys.readouterr()
@@ -176,6 +186,28 @@ def test_a_hub_id_in_the_cache(capsys, cached):
     assert bare["blocks"] == whole["blocks"]
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_folder_that_is_quantized_already(capsys, llama64, tmp_path, scheme):
+    wanted = {"quant_method": scheme}
+    LlamaForCausalLM.from_pretrained(llama64, quantization_config=wanted).save_pretrained(tmp_path)
+    planned = facts(capsys, llama64, "--quantize", scheme, "--max-memory", "cpu=1GB")
+    found = facts(capsys, tmp_path, "--max-memory", "cpu=1GB")
+    assert found["blocks"] == planned["blocks"]
+    stored = open_checkpoint(tmp_path / "model.safetensors").nbytes
+    assert found["bytes_to_read"] == stored == found["devices"][0]["weights"] - 4 * 8
+    assert found["notes"] == ["14 weights are quantized in the files, and counted as they lie there"]
+    code, _, err = run_plan(capsys, tmp_path, "--quantize", "int4", "--max-memory", "cpu=1GB")
+    assert code == 1
+    assert "The checkpoint is quantized already (--quantize)" in " ".join(err.split())
+
+
+def test_packed_needs_blocks(capsys, llama, t0pp):
+    for folder in (llama, t0pp):
+        code, _, err = run_plan(capsys, folder, "--packed", "--max-memory", "cpu=1GB")
+        assert code == 1
+        assert "There are no blocks to keep packed (--packed)" in " ".join(err.split())
+
+
 def test_a_gguf_file_that_is_not_in_the_cache(capsys, cached):
     code, _, err = run_plan(capsys, "me/tiny", "--offline", "--gguf-file", "x.gguf")
     assert code == 1
@@ -239,6 +271,14 @@ def test_a_gguf_file(capsys, smollm2_gguf):
     assert found["blocks"][0]["tied"] == ["lm_head"]
     assert found["bytes_to_read"] == open_checkpoint(smollm2_gguf).nbytes
     assert sum(block["nbytes"] for block in found["blocks"]) == 2 * 134_515_008 + 4 * 32
+
+
+@pytest.mark.realweights
+def test_a_gguf_file_kept_packed(capsys, smollm2_gguf):
+    found = facts(capsys, smollm2_gguf, "--max-memory", "cpu=1GB", "--packed")
+    packed = LlamaForCausalLM.from_pretrained(smollm2_gguf, quantization_config={"quant_method": "gguf"})
+    assert found["devices"][0]["weights"] == packed.get_memory_footprint()
+    assert found["bytes_to_read"] == open_checkpoint(smollm2_gguf).nbytes
 
 
 def test_it_needs_no_framework_and_little_time(t0pp):

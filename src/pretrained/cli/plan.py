@@ -6,13 +6,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pretrained.arch.gguf import gguf_architecture, gguf_config, gguf_key_map
 from pretrained.arch.skeletons import architecture_of, config_of, policy_for, skeleton_for, workload_for
-from pretrained.cli.placing import add_quantization_arguments, device_map_of, machine_budgets
+from pretrained.cli.placing import (
+    add_quantization_arguments,
+    device_map_of,
+    machine_budgets,
+    quantization_of,
+)
 from pretrained.core.budgets import Home, parse_budget_text
 from pretrained.core.checkpoint import Checkpoint
 from pretrained.core.config import CONFIG_NAME, PreTrainedConfig, read_json_object
@@ -25,6 +30,7 @@ from pretrained.core.placement import Workload, plan_placement
 from pretrained.core.plan import LoadPlan, LoadPolicy, plan_load
 from pretrained.core.plan_picture import draw
 from pretrained.core.quantization import QuantizationConfig, planned_nbytes
+from pretrained.core.quantized_files import block_sizes, split_quantized
 from pretrained.core.report import fold_keys
 from pretrained.core.skeleton import Skeleton
 from pretrained.core.units import weight_sizes
@@ -74,6 +80,7 @@ class _Model:
         skeleton: What it promises.
         dtype: Dtype to load as; None keeps the files' own.
         files: What a load would read; None where there is a config only.
+        special: Bytes of the weights that the files hold quantized.
         notes: What the files say against the config.
     """
 
@@ -82,6 +89,7 @@ class _Model:
     skeleton: Skeleton
     dtype: str | None
     files: LoadPlan | None
+    special: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -101,7 +109,7 @@ def plan(options: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
         return 0
     dtype = model.dtype or "the files' own dtypes"
-    scheme = f", {options.quantize} in the blocks" if options.quantize else ""
+    scheme = f", {options.quantize} in the blocks" if options.quantize else ", packed" * options.packed
     count = f"{model.skeleton.num_parameters:,} parameters"
     print(f"{options.model}: {model.name}, {count}, {dtype}{scheme}, {placement.strategy}\n")
     print(placement)
@@ -131,8 +139,11 @@ def _read(options: argparse.Namespace) -> _Model:
     layouts = None
     if checkpoint.format == "gguf":
         layouts = gguf_key_map(gguf_architecture(checkpoint.metadata), values, checkpoint.tensors)
+    special: dict[str, int] = {}
+    if values.get("quantization_config") and checkpoint.format != "gguf":
+        checkpoint, special = split_quantized(checkpoint, skeleton, policy)
     files = plan_load(checkpoint, skeleton, policy, layouts=layouts)
-    return _Model(config, name, skeleton, dtype, files, _file_notes(files))
+    return _Model(config, name, skeleton, dtype, files, special, _file_notes(files, skeleton, special))
 
 
 def _checkpoint(source: Source, gguf_file: str | None) -> Checkpoint | None:
@@ -180,10 +191,13 @@ def _dtype(wanted: str, config: PreTrainedConfig, checkpoint: Checkpoint | None)
     return next((name for name in stored if name in DTYPES and DTYPES[name].is_loadable), "float32")
 
 
-def _file_notes(files: LoadPlan) -> tuple[str, ...]:
+def _file_notes(files: LoadPlan, skeleton: Skeleton, special: Mapping[str, int]) -> tuple[str, ...]:
     notes = []
-    if files.missing:
-        notes.append(f"the files lack {', '.join(fold_keys(files.missing)[:5])}")
+    if special:
+        notes.append(f"{len(special)} weights are quantized in the files, and counted as they lie there")
+    missing = [key for key in files.missing if skeleton.ties.get(key, key) not in special]
+    if missing:
+        notes.append(f"the files lack {', '.join(fold_keys(missing)[:5])}")
     if files.mismatched:
         names = [key for key, _, _ in files.mismatched]
         notes.append(f"the files hold other shapes of {', '.join(fold_keys(names)[:5])}")
@@ -193,7 +207,7 @@ def _file_notes(files: LoadPlan) -> tuple[str, ...]:
 def _placement(model: _Model, options: argparse.Namespace) -> Placement:
     policy = policy_for(model.config, model.dtype)
     stored = {step.key: step.source.dtype for step in model.files.steps} if model.files else None
-    sizes = _sizes(model.skeleton, policy, stored, options.quantize)
+    sizes = _sizes(model, policy, stored, options)
     notes = list(model.notes)
     if options.max_memory is None:
         budgets, note = machine_budgets()
@@ -201,7 +215,7 @@ def _placement(model: _Model, options: argparse.Namespace) -> Placement:
     else:
         budgets = parse_budget_text(options.max_memory)
     if model.files is not None:
-        to_read = model.files.nbytes_to_read
+        to_read = model.files.nbytes_to_read + sum(model.special.values())
     else:
         as_stored = model.config.dtype or model.dtype or "float32"
         plain = weight_sizes(model.skeleton, LoadPolicy(dtype=as_stored))
@@ -231,13 +245,31 @@ def _workload(model: _Model, options: argparse.Namespace) -> Workload | None:
 
 
 def _sizes(
-    skeleton: Skeleton, policy: LoadPolicy, stored: Mapping[str, str] | None, quantize: str | None
+    model: _Model, policy: LoadPolicy, stored: Mapping[str, str] | None, options: argparse.Namespace
 ) -> dict[str, int]:
-    plain = weight_sizes(skeleton, policy, stored=stored)
-    if quantize is None:
+    """Return the bytes of each weight once it is loaded."""
+    special = dict(model.special)
+    wanted = quantization_of(options)
+    if wanted is not None and special:
+        raise ArgumentError(
+            "The checkpoint is quantized already",
+            where="--packed" if options.packed else "--quantize",
+            mend="Leave it out, or plan for the unquantized checkpoint.",
+        )
+    if options.packed and model.files is not None:
+        special = block_sizes(model.files, model.skeleton)
+    if options.packed and not special:
+        raise ArgumentError(
+            "There are no blocks to keep packed",
+            where="--packed",
+            expected="a GGUF file of a quantized model",
+            mend="Leave it out, or use --quantize int8 or int4.",
+        )
+    plain = weight_sizes(model.skeleton, policy, stored=stored, nbytes=lambda key, _: special.get(key))
+    if options.quantize is None:
         return plain
-    config = QuantizationConfig(quant_method=quantize)
-    return {**plain, **planned_nbytes(skeleton, config, lambda spec: plain[spec.key])}
+    config = QuantizationConfig(quant_method=options.quantize)
+    return {**plain, **planned_nbytes(model.skeleton, config, lambda spec: plain[spec.key])}
 
 
 def _decide(
