@@ -27,7 +27,7 @@ from pretrained.core.dtypes import DTYPES, floating_dtype_name
 from pretrained.core.options import LoadOptions, unknown_argument
 from pretrained.core.plan import LoadPlan, LoadPolicy, LoadStep, check_depth, plan_load
 from pretrained.core.progress import reporting
-from pretrained.core.report import LoadReport
+from pretrained.core.report import LoadReport, format_bytes
 from pretrained.core.skeleton import ParamSpec, Skeleton
 from pretrained.errors import (
     ArgumentError,
@@ -498,8 +498,9 @@ def _audit(model: nn.Module, initialised: Iterable[str]) -> None:
 
 
 def _log(report: LoadReport, options: LoadOptions) -> None:
-    if not report.is_plain:
-        logger.warning("%s", report)
+    level = logging.INFO if report.is_plain else logging.WARNING
+    logger.log(level, "%s", report)
+    logger.info("read %s in %.2f s", format_bytes(report.nbytes_read), report.load_s)
     narrow = {
         stored
         for stored, loaded in report.dtypes
