@@ -88,9 +88,10 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     dtype = resolve_dtype(options.dtype, config, checkpoint)
     model = build_empty(cls, config, *model_args, **kwargs)
     model.name_or_path = "" if path is None else str(path)
+    quantizer = quantizer_for(config, checkpoint, options, dtype)
+    checkpoint = quantizer.view(model, checkpoint)
     if checkpoint.format != "gguf":
         settle_ties(model, checkpoint, key_mapping=options.key_mapping, state_dict=options.state_dict)
-    quantizer = quantizer_for(config, checkpoint, options, dtype)
     quantizer.prepare(model, checkpoint)
     skeleton = skeleton_of(model)
     plan = plan_load(
