@@ -291,16 +291,16 @@ def execute(
     homes = device if isinstance(device, Homes) else Homes({"": home_name(device)}, device)
     buffers = buffers_of(model)
     ahead = Prefetch(files, () if files is None else _to_read(plan, homes, buffers))
-    done = 0
+    done, total = 0, plan.nbytes_to_read
 
     def read_home(step: LoadStep) -> torch.Tensor:
         return read(step, homes.resting(step.key, is_buffer=step.key in buffers))
 
-    with reporting(progress, plan.nbytes_to_read, "loading") as report:
+    with reporting(progress, total, "loading") as report:
         for step, tensor in _read_all(plan, read_home, ahead):
             assign(model, step.key, tensor)
             done += step.source.nbytes
-            report(done, plan.nbytes_to_read, "loading")
+            report(done, total, "loading")
     new = [key for key in plan.initialise if key not in plan.ties]
     _allocate(model, new, homes, TORCH_DTYPES[dtype or _usual_dtype(plan)])
     _fill_derived_buffers(model, homes)
