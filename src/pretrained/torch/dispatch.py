@@ -502,8 +502,8 @@ def _cannot_train(key: str, home: str) -> ArgumentError:
     return ArgumentError(
         f"A weight placed {home} cannot be trained",
         where=key,
-        mend="Place it on the device that it runs on, or freeze it with requires_grad_(False); for evaluation "
-        "call model.eval().",
+        mend="Place it on the device that it runs on, or freeze it with requires_grad_(False); for "
+        "evaluation call model.eval().",
     )
 
 
