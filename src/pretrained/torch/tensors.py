@@ -6,13 +6,16 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
+from pretrained.arch.gguf import RowUnpermute, Transpose
 from pretrained.core.checkpoint import TensorInfo
 from pretrained.core.dtypes import DTYPES
-from pretrained.core.ggml import dequantize
+from pretrained.core.ggml import DEQUANTIZABLE, dequantize
 from pretrained.core.plan import LoadStep
 from pretrained.core.reader import MappedFiles
 from pretrained.errors import ArgumentError
@@ -39,6 +42,9 @@ def dtype_name_of(dtype: torch.dtype) -> str:
 
 # Bytes of a file that are copied or cast at a time; four threads do it side by side.
 _COPY_BYTES = 32 << 20
+
+# The same where there is a copy in between. The C library keeps such pieces after use, so they are small.
+_SCRATCH_BYTES = 4 << 20
 
 
 class Arena:
@@ -100,18 +106,17 @@ def mapped_reader(*, copy_all: bool = False) -> Read:
             if device.type == "cpu"
             else torch.empty(shape, dtype=dtype, device=device)
         )
-        if stored is not None:
-            values = _view(files, info)
-        elif step.apply is None and dtype == torch.float32 and on_cpu:
+        if step.apply is None and stored is not None and info.strides is None:
+            return _copied(files, info, target)
+        if step.apply is None and stored is None and dtype == torch.float32 and on_cpu:
             dequantize(files.buffer(info), info.dtype, info.shape, out=target.numpy())
             files.release(info)
             return target
-        else:
-            values = torch.from_numpy(dequantize(files.buffer(info), info.dtype, info.shape))
+        if info.dtype in DEQUANTIZABLE and info.strides is None and len(info.shape) == 2:
+            return _decoded(files, info, target, step.apply)
+        values = _view(files, info) if stored is not None else torch.from_numpy(files.array(info))
         if step.apply is not None:
             values = torch.from_numpy(step.apply(values.float().numpy()))
-        elif stored is not None and info.strides is None:
-            return _copy_and_release(files, info, values, target)
         target.copy_(values)
         files.release(info)
         return target
@@ -119,17 +124,45 @@ def mapped_reader(*, copy_all: bool = False) -> Read:
     return read
 
 
-def _copy_and_release(
-    files: MappedFiles, info: TensorInfo, values: torch.Tensor, target: torch.Tensor
-) -> torch.Tensor:
-    """Copy a view of a file piece by piece, so that no more of the file is in memory than a piece."""
-    source, sink = values.reshape(-1), target.view(-1)
-    step = _COPY_BYTES // values.element_size()
-    for start in range(0, source.numel(), step):
-        end = min(start + step, source.numel())
-        sink[start:end].copy_(source[start:end])
-        files.release(info, start * values.element_size(), end * values.element_size())
+def _copied(files: MappedFiles, info: TensorInfo, target: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor piece by piece, so that no more of its file is in memory than a piece."""
+    sink, size = target.view(-1), TORCH_DTYPES[info.dtype].itemsize
+    step = (_SCRATCH_BYTES if info.offset % size else _COPY_BYTES) // size
+    for start in range(0, info.num_elements, step):
+        end = min(start + step, info.num_elements)
+        sink[start:end].copy_(_view(files, _part(info, start * size, end * size, (end - start,))))
+        files.release(info, start * size, end * size)
     return target
+
+
+def _decoded(
+    files: MappedFiles, info: TensorInfo, target: torch.Tensor, apply: Callable[..., Any] | None
+) -> torch.Tensor:
+    """Decode a matrix some rows at a time: no float32 form of all of it is ever made."""
+    rows, columns = info.shape
+    # Rows that a change of layout needs together.
+    group = rows // apply.num_heads if isinstance(apply, RowUnpermute) else 1
+    if not isinstance(apply, RowUnpermute | Transpose | None) or not group or rows % group:
+        group = max(1, rows)
+    width = info.nbytes // max(1, rows)
+    step = max(1, _SCRATCH_BYTES // max(1, 4 * columns * group)) * group
+    for start in range(0, rows, step):
+        end = min(start + step, rows)
+        part = _part(info, start * width, end * width, (end - start, columns))
+        values = dequantize(files.buffer(part), part.dtype, part.shape)
+        if isinstance(apply, RowUnpermute) and group < rows:
+            values = RowUnpermute(len(values) // group)(values)
+        elif apply is not None:
+            values = apply(values)
+        sink = target[:, start:end] if isinstance(apply, Transpose) else target[start:end]
+        sink.copy_(torch.from_numpy(values))
+        files.release(info, start * width, end * width)
+    return target
+
+
+def _part(info: TensorInfo, start: int, end: int, shape: tuple[int, ...]) -> TensorInfo:
+    """Return the bytes from `start` to `end` of a contiguous tensor as one of its own."""
+    return replace(info, offset=info.offset + start, nbytes=end - start, shape=shape)
 
 
 def state_dict_reader(state_dict: Mapping[str, torch.Tensor]) -> Read:
