@@ -27,7 +27,7 @@ from pretrained.core.dtypes import DTYPES, floating_dtype_name
 from pretrained.core.options import LoadOptions, unknown_argument
 from pretrained.core.plan import LoadPlan, LoadPolicy, LoadStep, check_depth, plan_load
 from pretrained.core.progress import reporting
-from pretrained.core.report import LoadReport
+from pretrained.core.report import LoadReport, format_bytes
 from pretrained.core.skeleton import ParamSpec, Skeleton
 from pretrained.errors import (
     ArgumentError,
@@ -49,9 +49,11 @@ from pretrained.torch.load_sources import (
 )
 from pretrained.torch.offload import DiskWeights
 from pretrained.torch.place import blocks_of, is_one_device, on_disk, place, placed_reader, sizes_of
-from pretrained.torch.quantize import Quantizer, all_ties, packed_keys, quantizer_for
+from pretrained.torch.quantize import all_ties, packed_keys
 from pretrained.torch.quantized import IntegerLeaf
 from pretrained.torch.quantized_ops import Packed
+from pretrained.torch.quantizers.base import Quantizer
+from pretrained.torch.quantizers.choose import quantizer_for
 from pretrained.torch.tensors import TORCH_DTYPES, Read, dtype_name_of, mapped_reader, state_dict_reader
 from pretrained.torch.ties import settle_ties
 
@@ -495,8 +497,9 @@ def _audit(model: nn.Module, initialised: Iterable[str]) -> None:
 
 
 def _log(report: LoadReport, options: LoadOptions) -> None:
-    if not report.is_plain:
-        logger.warning("%s", report)
+    level = logging.INFO if report.is_plain else logging.WARNING
+    logger.log(level, "%s", report)
+    logger.info("read %s in %.2f s", format_bytes(report.nbytes_read), report.load_s)
     narrow = {
         stored
         for stored, loaded in report.dtypes
