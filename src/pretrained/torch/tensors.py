@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import math
+import mmap
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -79,11 +81,46 @@ class Arena:
             return self._piece[start : start + nbytes].view(dtype).view(shape)
 
 
+class Scratch:
+    """Memory for tensors that are dropped before the next is read: one at a time in each thread.
+
+    Not from the C library, in whose heap it would leave holes between the weights that stay, nor from an
+    `Arena`, whose pieces would stay with them.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return a tensor with memory and no values yet; the one before loses its own.
+
+        Args:
+            shape: Its sizes.
+            dtype: Its dtype.
+        """
+        nbytes = max(1, math.prod(shape) * dtype.itemsize)
+        held: torch.Tensor | None = getattr(self._local, "held", None)
+        if held is None or len(held) < nbytes:
+            self._local.held = None
+            held = self._local.held = torch.frombuffer(_anonymous(nbytes), dtype=torch.uint8)
+        return held[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+
+def _anonymous(nbytes: int) -> mmap.mmap:
+    """Return memory straight from the system, in huge pages where it has them."""
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
+        return mmap.mmap(-1, nbytes)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError, AttributeError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
 def _bytes(count: int) -> torch.Tensor:
     return torch.from_numpy(np.empty(count, dtype=np.uint8))
 
 
-def mapped_reader(*, copy_all: bool = False) -> Read:
+def mapped_reader(*, copy_all: bool = False, scratch: bool = False) -> Read:
     """Return a function that reads tensors from mapped files; threads may call it side by side.
 
     A tensor that needs no cast and stays on the CPU is a view of a private map: its pages are the
@@ -91,8 +128,10 @@ def mapped_reader(*, copy_all: bool = False) -> Read:
 
     Args:
         copy_all: Give every tensor memory of its own.
+        scratch: Read what is no view into memory that the same thread's next tensor is read into as well.
     """
-    files, arena = MappedFiles(), Arena()
+    files = MappedFiles()
+    memory: Arena | Scratch = Scratch() if scratch else Arena()
 
     def read(step: LoadStep, device: torch.device) -> torch.Tensor:
         info, dtype = step.source, TORCH_DTYPES[step.dtype]
@@ -102,8 +141,8 @@ def mapped_reader(*, copy_all: bool = False) -> Read:
             return _view(files, info)
         shape = step.shape if step.shape is not None else info.shape
         target = (
-            arena.empty(shape, dtype)
-            if device.type == "cpu"
+            memory.empty(shape, dtype)
+            if on_cpu
             else torch.empty(shape, dtype=dtype, device=device)
         )
         if step.apply is None and stored is not None and info.strides is None:
