@@ -205,8 +205,17 @@ def check(name, found, ring):
         assert found["anonymous"] < 24 * MIB, found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "stored", "targets"), CASES)
+def in_turn(case):
+    """Some of the cases belong to every run, the others to the long one: each takes seconds."""
+    often = (case[0], case[1]) in (
+        ("single", torch.bfloat16),
+        ("legacy", torch.float32),
+        ("gguf", torch.float32),
+    )
+    return pytest.param(*case, marks=pytest.mark.slow if often else pytest.mark.long)
+
+
+@pytest.mark.parametrize(("kind", "stored", "targets"), map(in_turn, CASES))
 def test_a_hundred_megabytes(folders, kind, stored, targets):
     """At this size what is allowed beside the weights is less, so that a second copy would show."""
     for name, found in zip(

@@ -120,17 +120,18 @@ def _bytes(count: int) -> torch.Tensor:
     return torch.from_numpy(np.empty(count, dtype=np.uint8))
 
 
-def mapped_reader(*, copy_all: bool = False, scratch: bool = False) -> Read:
+def mapped_reader(files: MappedFiles | None = None, *, copy_all: bool = False, scratch: bool = False) -> Read:
     """Return a function that reads tensors from mapped files; threads may call it side by side.
 
     A tensor that needs no cast and stays on the CPU is a view of a private map: its pages are the
     file's own, shared between processes, until something writes to them; the file never changes.
 
     Args:
+        files: The maps; None for new ones.
         copy_all: Give every tensor memory of its own.
         scratch: Read what is no view into memory that the same thread's next tensor is read into as well.
     """
-    files = MappedFiles()
+    files = files or MappedFiles()
     memory: Arena | Scratch = Scratch() if scratch else Arena()
 
     def read(step: LoadStep, device: torch.device) -> torch.Tensor:
@@ -140,11 +141,7 @@ def mapped_reader(*, copy_all: bool = False, scratch: bool = False) -> Read:
         if step.is_view and on_cpu and not copy_all:
             return _view(files, info)
         shape = step.shape if step.shape is not None else info.shape
-        target = (
-            memory.empty(shape, dtype)
-            if on_cpu
-            else torch.empty(shape, dtype=dtype, device=device)
-        )
+        target = memory.empty(shape, dtype) if on_cpu else torch.empty(shape, dtype=dtype, device=device)
         if step.apply is None and stored is not None and info.strides is None:
             return _copied(files, info, target)
         if step.apply is None and stored is None and dtype == torch.float32 and on_cpu:
