@@ -131,7 +131,8 @@ def test_planned_bytes_are_those_of_the_model(family, method):
     from pretrained.torch.empty import no_memory
     from pretrained.torch.models.llama import LlamaForCausalLM
     from pretrained.torch.models.t5 import T5ForConditionalGeneration
-    from pretrained.torch.quantize import quantize_model, select
+    from pretrained.torch.quantize import select
+    from pretrained.torch.quantize_model import quantize_model
 
     sizes = {
         "llama": {"hidden_size": 64, "intermediate_size": 96},

@@ -22,9 +22,9 @@ from pretrained import (
 )
 from pretrained.core.quantization import QuantizationConfig
 from pretrained.errors import NotYetError
-from pretrained.torch import quantize as quantizing
 from pretrained.torch.nn import Conv1D
-from pretrained.torch.quantize import quantize_model, quantized_leaves, select
+from pretrained.torch.quantize import quantized_leaves, select
+from pretrained.torch.quantize_model import quantize_model
 from pretrained.torch.quantized import QuantizedLinear
 from pretrained.torch.quantized_ops import (
     from_kernel_layout,
@@ -34,6 +34,7 @@ from pretrained.torch.quantized_ops import (
     to_kernel_layout,
     unpack_nibbles,
 )
+from pretrained.torch.quantizers import rounding as quantizing
 
 SIZES = {
     LlamaForCausalLM: {

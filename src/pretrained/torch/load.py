@@ -49,9 +49,11 @@ from pretrained.torch.load_sources import (
 )
 from pretrained.torch.offload import DiskWeights
 from pretrained.torch.place import blocks_of, is_one_device, on_disk, place, placed_reader, sizes_of
-from pretrained.torch.quantize import Quantizer, all_ties, packed_keys, quantizer_for
+from pretrained.torch.quantize import all_ties, packed_keys
 from pretrained.torch.quantized import IntegerLeaf
 from pretrained.torch.quantized_ops import Packed
+from pretrained.torch.quantizers.base import Quantizer
+from pretrained.torch.quantizers.choose import quantizer_for
 from pretrained.torch.tensors import TORCH_DTYPES, Read, dtype_name_of, mapped_reader, state_dict_reader
 from pretrained.torch.ties import settle_ties
 

@@ -9,7 +9,8 @@ import torch
 
 from pretrained.core.dtypes import floating_dtype_name
 from pretrained.errors import ArgumentError
-from pretrained.torch.quantize import dequantize_model, quantized_leaves
+from pretrained.torch.quantize import quantized_leaves
+from pretrained.torch.quantize_model import dequantize_model
 from pretrained.torch.quantized import IntegerLeaf, QuantizedLeaf
 
 

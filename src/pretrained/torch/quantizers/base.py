@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Quantizer`: what a load asks about quantization, in the order it asks."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from pretrained.core.budgets import DISK
+from pretrained.core.checkpoint import Checkpoint
+from pretrained.core.plan import LoadPlan
+from pretrained.core.quantization import QuantizationConfig
+from pretrained.core.reader import release_pages
+from pretrained.errors import NotYetError
+from pretrained.torch.quantize import quantized_leaves, use_kernel_layouts
+from pretrained.torch.tensors import TORCH_DTYPES, Read
+
+
+class Quantizer:
+    """What a load does about quantization; this one does nothing.
+
+    Attributes:
+        errors: Layers that the load has quantized -> relative error.
+
+    Args:
+        dtype: What plain weights are loaded as; None keeps each one's own.
+    """
+
+    def __init__(self, dtype: str | None = None) -> None:
+        self.dtype = dtype
+        self.errors: dict[str, float] = {}
+
+    def prepare(self, model: Any, checkpoint: Checkpoint) -> None:
+        """Change the empty model before the load is planned.
+
+        Args:
+            model: Without memory.
+            checkpoint: What the files hold.
+        """
+
+    def wrap(self, model: Any, plan: LoadPlan, read: Read) -> tuple[LoadPlan, Read]:
+        """Change the plan, and how its steps are read; put leaves into the model.
+
+        Args:
+            model: Without memory.
+            plan: What to do.
+            read: Reads one tensor.
+        """
+        return plan, read
+
+    is_active = False
+
+    def sizes(self, model: Any, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Return the bytes of every weight, those of quantized layers as they are stored.
+
+        Args:
+            model: With leaves in place.
+            sizes: As for plain weights.
+        """
+        found = dict(sizes)
+        for path, leaf in quantized_leaves(model).items():
+            for name, value in leaf.named_parameters():
+                if name != "bias":
+                    found[f"{path}.{name}"] = value.numel() * value.element_size()
+        return found
+
+    def check_homes(self, homes: Iterable[Any]) -> None:
+        """Refuse a placement that the weights cannot have.
+
+        Args:
+            homes: Where they would go.
+        """
+
+    def finish(self, model: Any) -> None:
+        """Say in the config what the model holds, and make its layers ready.
+
+        Args:
+            model: Loaded.
+        """
+
+
+class Quantizing(Quantizer):
+    """What the three ways share.
+
+    Args:
+        config: The scheme.
+        dtype: As `Quantizer`.
+        is_mapped: Whether weights are read from maps of files, whose pages can be given back.
+    """
+
+    def __init__(self, config: QuantizationConfig, dtype: str | None, *, is_mapped: bool = False) -> None:
+        super().__init__(dtype)
+        self.config, self.is_mapped = config, is_mapped
+
+    is_active = True
+
+    def check_homes(self, homes: Iterable[Any]) -> None:
+        """Refuse the disk: what lies there are the checkpoint's own files, and this load makes others."""
+        if DISK in homes:
+            raise NotYetError(
+                "Weights that this load quantizes or repacks cannot be placed on disk yet",
+                where="quantization_config, device_map",
+                mend="Load without 'disk', save_pretrained, and load that folder with the device_map.",
+            )
+
+    def finish(self, model: Any) -> None:
+        """Say in the config what the model holds, and make its layers ready."""
+        use_kernel_layouts(model)
+        # A rule knows `weight` but not the scales beside it, so these keep the model's own names.
+        own = {f"{path}.weight" for path in quantized_leaves(model)}
+        names = getattr(model, "_checkpoint_names", {})
+        model._checkpoint_names = {key: name for key, name in names.items() if key not in own}
+        model.config.quantization_config = self.config.to_dict()
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Dtype that stands for the weights in layers that are quantized."""
+        return TORCH_DTYPES[self.dtype or "float32"]
+
+
+def let_go(view: torch.Tensor) -> None:
+    """Give the pages of a weight back that has been read once and will not be read again.
+
+    Args:
+        view: Of a private map; nothing else may look at its bytes any more.
+    """
+    if sys.platform != "linux":
+        return
+    first = -(-view.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (view.data_ptr() + view.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0:
+        release_pages(first, length)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantizing weights while they stream in."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from pretrained.core.dtypes import DTYPES
+from pretrained.core.plan import LoadPlan, LoadStep
+from pretrained.core.quantization import QuantizationConfig
+from pretrained.torch.nn import Conv1D
+from pretrained.torch.quantize import integer_leaf, module_ties, put, select
+from pretrained.torch.quantized_ops import quantize
+from pretrained.torch.quantizers.base import Quantizing, let_go
+from pretrained.torch.tensors import TORCH_DTYPES, Read
+
+
+class Rounding(Quantizing):
+    """Quantizes each weight when it is read, a piece at a time, straight from the mapped file."""
+
+    def wrap(self, model: Any, plan: LoadPlan, read: Read) -> tuple[LoadPlan, Read]:
+        """Put leaves in, and read their weights as `Packed`."""
+        chosen = select(model, self.config)
+        read_keys = {step.key: step for step in plan.steps}
+        owners = module_ties(model)
+        schemes: dict[str, tuple[QuantizationConfig, bool]] = {}
+        for path, config in chosen.items():
+            step = read_keys.get(f"{owners.get(path, path)}.weight")
+            # Weights that will be initialised, or that stay float32 in a half-precision model.
+            if step is None or (self.dtype is not None and step.dtype != self.dtype):
+                continue
+            module = model.get_submodule(path)
+            put(model, path, integer_leaf(module, config, TORCH_DTYPES[step.dtype]))
+            schemes[f"{path}.weight"] = (config, isinstance(module, Conv1D))
+
+        def read_packed(step: LoadStep, device: torch.device) -> Any:
+            if step.key not in schemes:
+                return read(step, device)
+            config, transposed = schemes[step.key]
+            stored = _as_stored(step)
+            values = read(stored, torch.device("cpu"))
+            packed = quantize(values, config, key=step.key, transposed=transposed)
+            if self.is_mapped and stored.is_view:
+                let_go(values)
+            self.errors[step.key.removesuffix(".weight")] = packed.error
+            return packed.to(device)
+
+        return plan, read_packed
+
+
+def _as_stored(step: LoadStep) -> LoadStep:
+    """Ask for a view of the file where there can be one, and for float32 otherwise."""
+    plain = step.source.dtype in DTYPES and DTYPES[step.source.dtype].is_floating
+    return dataclasses.replace(step, dtype=step.source.dtype if plain and step.apply is None else "float32")
