@@ -2,7 +2,7 @@
 """``quant_method: "fp8"``: weights as 8-bit floats, with a scale for each block of 128 x 128 or each tensor.
 
 The form of DeepSeek-V3's checkpoints and their successors, and of older ones that vLLM reads. The scale
-beside a weight is called ``weight_scale_inv`` or ``weight_scale``; either way the floats are multiplied by it.
+beside a weight is called ``weight_scale_inv`` or ``weight_scale``; the floats are multiplied by either.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import torch
 
 from pretrained.core.budgets import DISK
 from pretrained.core.checkpoint import Checkpoint
+from pretrained.core.keys import KeyRule
 from pretrained.core.plan import LoadPlan
 from pretrained.core.quantization import QuantizationConfig
 from pretrained.core.reader import release_pages
@@ -25,6 +26,8 @@ class Quantizer:
 
     Attributes:
         errors: Layers that the load has quantized -> relative error.
+        rules: Key rules for these files, beside the architecture's; known after `prepare`.
+        notes: Sentences for the load report.
 
     Args:
         dtype: What plain weights are loaded as; None keeps each one's own.
@@ -33,6 +36,8 @@ class Quantizer:
     def __init__(self, dtype: str | None = None) -> None:
         self.dtype = dtype
         self.errors: dict[str, float] = {}
+        self.rules: tuple[KeyRule, ...] = ()
+        self.notes: list[str] = []
 
     def prepare(self, model: Any, checkpoint: Checkpoint) -> None:
         """Change the empty model before the load is planned.
