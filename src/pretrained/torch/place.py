@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from pretrained.torch.dispatch import Homes, torch_device
 from pretrained.torch.offload import DiskWeights, is_mappable
 from pretrained.torch.offload_folder import transformed, written_from_memory
 from pretrained.torch.tensors import Read, mapped_reader
+
+logger = logging.getLogger(__name__)
 
 # Of an accelerator's free memory; the rest is for what a forward computes.
 _SHARE_OF_FREE = 0.9
@@ -85,6 +88,7 @@ def place(
             with_blocks(skeleton, blocks), sizes, free_memory(max_memory), strategy=device_map
         )
         _check_there(placement.device_map.values())
+        logger.info("%s", placement)
         main = torch_device(placement.main) if main is None else main
         return Homes(placement.device_map, main, offload_buffers)
     placement = check_device_map(
@@ -94,6 +98,8 @@ def place(
         sizes=sizes,
         modules=modules,
     )
+    for note in placement.notes:
+        logger.info("device_map: %s", note)
     main = torch_device(placement.main) if main is None else main
     return Homes(placement.device_map, main, offload_buffers)
 

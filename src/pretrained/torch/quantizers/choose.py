@@ -3,7 +3,8 @@
 
 A load calls `quantizer_for` once, before it plans. What comes back knows the ways that a quantized model
 comes up, which differ in who makes the integers: this load (`Rounding`), GGML's blocks in a GGUF file
-(`Blocks`), the load before the save (`Restoring`), or another library (`Stored`).
+(`Blocks`), the load before the save (`Restoring`), or another library, whose numbers are put into forms of
+this one (`Repacking`) or stay as they lie (`Stored`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pretrained.core.checkpoint import Checkpoint
+from pretrained.core.foreign_quantization import ForeignScheme
 from pretrained.core.options import LoadOptions
 from pretrained.core.quantization import requested_quantization, stored_quantization
 from pretrained.core.stored_config import METHODS as STORED_METHODS
@@ -20,6 +22,8 @@ from pretrained.core.stored_config import method_of, parse_stored, read_wish
 from pretrained.errors import ArgumentError
 from pretrained.torch.quantizers.base import Quantizer
 from pretrained.torch.quantizers.blocks import Blocks
+from pretrained.torch.quantizers.foreign import Repacking
+from pretrained.torch.quantizers.formats import FORMATS
 from pretrained.torch.quantizers.restoring import Restoring
 from pretrained.torch.quantizers.rounding import Rounding
 from pretrained.torch.quantizers.stored import Stored
@@ -36,7 +40,7 @@ def quantizer_for(config: Any, checkpoint: Checkpoint, options: LoadOptions, dty
 
     Raises:
         ArgumentError: the call asks for another scheme than the files are in.
-        NotYetError: the files were quantized by another library.
+        NotYetError: the files were quantized by another library, in a way that is not read.
     """
     entry = getattr(config, "quantization_config", None)
     method = method_of(entry)
@@ -51,6 +55,13 @@ def quantizer_for(config: Any, checkpoint: Checkpoint, options: LoadOptions, dty
             raise _quantized_already(stored.quant_method, wanted.quant_method)
         if wanted is not None and wanted.compute_dtype is not None:
             stored = dataclasses.replace(stored, compute_dtype=wanted.compute_dtype)
+        if isinstance(stored, ForeignScheme):
+            return Repacking(
+                FORMATS[stored.quant_method](stored),
+                dtype,
+                key_mapping=options.key_mapping,
+                is_mapped=options.state_dict is None and not options.disable_mmap,
+            )
         return Restoring(stored, dtype)
     if wanted is None:
         return Quantizer(dtype)
