@@ -20,7 +20,7 @@ from pretrained import (
     WeightsError,
 )
 from pretrained.core.stored_layers import LayerForm
-from pretrained.errors import ConfigError, NotYetError
+from pretrained.errors import ConfigError, NotYetError, PlacementError
 from pretrained.torch.quantize import quantized_leaves
 from pretrained.torch.quantized_ops import kernel_block
 from pretrained.torch.stored_leaf import StoredEmbedding, StoredLinear
@@ -467,6 +467,24 @@ def test_places(case, tmp_path):
         case.load(
             quantization_config={**exact, "dequantize": True}, device_map="disk", offload_folder=tmp_path
         )
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "partial"])
+def test_budgets_count_what_will_be_resident(cases, name):
+    case = cases(name)
+    method = case.config["quant_method"]
+    kept, decoded = case.load(dtype="auto"), {"quant_method": method, "dequantize": True}
+    size, plain = kept.get_memory_footprint(), case.plain.get_memory_footprint()
+    assert size < plain / 2
+    # Room for the kept form and its kernel's scales, not for the plain one.
+    budget = {"max_memory": {"cpu": int(size * 1.5)}, "device_map": "auto"}
+    placed = case.load(**budget)
+    assert placed.is_quantized and set(placed.hf_device_map.values()) == {"cpu"}
+    # No room for the plain form: the rest would go to disk, or the largest block fits nowhere.
+    with pytest.raises((PlacementError, NotYetError)):
+        case.load(**budget, quantization_config=decoded)
+    roomy = case.load(device_map="auto", max_memory={"cpu": 4 * plain}, quantization_config=decoded)
+    assert torch.equal(logits(roomy), logits(case.plain))
 
 
 def test_state_dicts_and_copies(cases):
