@@ -129,6 +129,8 @@ class IntegerLeaf(QuantizedLeaf):
             self._fixed("weight_zero", (rows, columns // (config.group_size or columns)), torch.bfloat16)
         # Scale and zero side by side, [groups, out, 2], while `weight` is in the kernel's layout.
         self._scales: torch.Tensor | None = None
+        # Whether the weight stays as it is stored, and is laid out for the kernel at each call.
+        self._lays_out_at_call = False
 
     def fill(self, packed: Packed) -> None:
         """Take a quantized weight.
@@ -177,26 +179,52 @@ class IntegerLeaf(QuantizedLeaf):
         Returns:
             Whether the leaf is ready for a packed kernel.
         """
-        if self.weight.device.type != "cpu" or self.config.compute_dtype == "float32":
+        self._lays_out_at_call = False
+        if not self._has_kernel():
             return False
         if self.config.bits == 8:
-            if self.shape[1] % _INT8_COLUMNS == 0 and not _is_aligned(self.weight):
+            if not _is_aligned(self.weight):
                 # A view of a file, which packs tensors closely.
                 self.weight.data = self.weight.detach().clone()
-            return self.shape[1] % _INT8_COLUMNS == 0
+            return True
         if self._scales is not None:
             return True
-        if self.shape[0] % _INT4_ROWS or kernel_block() is None:
-            return False
-        scales = torch.zeros(self.weight_scale.shape[1], self.shape[0], 2, dtype=torch.bfloat16)
-        scales[..., 0] = self.weight_scale.t()
-        self._parameters["weight"] = _fixed(to_kernel_layout(self.weight.detach()))
+        weight, scales = self._laid_out()
+        self._parameters["weight"] = _fixed(weight)
         self._parameters["weight_scale"] = _fixed(scales[..., 0].t())
         if self.weight_zero is not None:
-            scales[..., 1] = self.weight_zero.t()
             self._parameters["weight_zero"] = _fixed(scales[..., 1].t())
         self._scales = scales
         return True
+
+    def lay_out_at_call(self) -> None:
+        """Keep the weight where and as it is, and copy it into the kernel's layout for each call.
+
+        For weights on disk, whose results are then those of resident ones, bit for bit. It takes about as
+        long as the reference does.
+        """
+        self._lays_out_at_call = True
+
+    def _has_kernel(self) -> bool:
+        """Tell whether this CPU has a packed kernel for the weight's shape and scheme."""
+        if self.weight.device.type != "cpu" or self.config.compute_dtype == "float32":
+            return False
+        if self.config.bits == 8:
+            return self.shape[1] % _INT8_COLUMNS == 0
+        return self.shape[0] % _INT4_ROWS == 0 and kernel_block() is not None
+
+    def _laid_out(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weight and scales as the packed kernel takes them."""
+        if self.config.bits == 8:
+            weight = self.weight.detach()
+            return weight if _is_aligned(weight) else weight.clone(), self.weight_scale
+        if self._scales is not None:
+            return self.weight, self._scales
+        scales = torch.zeros(self.weight_scale.shape[1], self.shape[0], 2, dtype=torch.bfloat16)
+        scales[..., 0] = self.weight_scale.t()
+        if self.weight_zero is not None:
+            scales[..., 1] = self.weight_zero.t()
+        return to_kernel_layout(self.weight.detach()), scales
 
     def use_stored_layout(self) -> None:
         """Undo `use_kernel_layout`."""
@@ -289,10 +317,11 @@ class QuantizedLinear(IntegerLeaf, Dense):
         """
         if x.device.type != "cpu" or len(x) > KERNEL_ROWS or self.compute_dtype(x) != torch.bfloat16:
             return None
+        at_call = self._lays_out_at_call and self._has_kernel()
         if self.config.bits == 8:
             fits = self.in_features % _INT8_COLUMNS == 0 and _is_aligned(self.weight)
-            return "int8pack" if fits else None
-        return "int4pack" if self._scales is not None else None
+            return "int8pack" if fits or at_call else None
+        return "int4pack" if self._scales is not None or at_call else None
 
     def compute_dtype(self, x: torch.Tensor) -> torch.dtype:
         """Return the dtype that a multiplication with `x` runs in.
@@ -310,12 +339,11 @@ class QuantizedLinear(IntegerLeaf, Dense):
         kernel, dtype = self.kernel(x), self.compute_dtype(x)
         inner = x.to(dtype)
         if kernel == "int8pack":
-            result = torch._weight_int8pack_mm(inner.contiguous(), self.weight, self.weight_scale)
+            result = torch._weight_int8pack_mm(inner.contiguous(), *self._laid_out())
         elif kernel == "int4pack":
             group = self.in_features // self.weight_scale.shape[1]
-            result = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                inner.contiguous(), self.weight, group, self._scales
-            )
+            weight, scales = self._laid_out()
+            result = torch.ops.aten._weight_int4pack_mm_for_cpu(inner.contiguous(), weight, group, scales)
         elif self.config.bits == 8:
             # Integers up to 127 are exact in every dtype; scaling the result costs less than the weight.
             result = torch.cat(
@@ -370,6 +398,10 @@ class QuantizedEmbedding(IntegerLeaf):
 class GgufLeaf(QuantizedLeaf):
     """Rows of GGML's blocks, as they lie in the file; usually a view of the mapped file itself.
 
+    Llama's converter stores the rows of two projections in another order than the model has them. `weight`
+    then keeps the file's order, so that it can stay the file's own pages; rows are put in order when they are
+    decoded, and in state dicts.
+
     Args:
         shape: (out, in).
         block_type: GGML's name.
@@ -381,13 +413,39 @@ class GgufLeaf(QuantizedLeaf):
     def __init__(self, shape: tuple[int, int], block_type: str, dtype: torch.dtype) -> None:
         super().__init__(shape, block_type, dtype)
         self._fixed("weight", (shape[0], row_bytes(block_type, shape[1])), torch.uint8)
+        # Where in `weight` each row of the model lies; None where all are in order.
+        self._order: torch.Tensor | None = None
 
     def rows(self, part: Any, dtype: torch.dtype) -> torch.Tensor:
         """Return rows of the weight, decoded as GGML does."""
-        if isinstance(part, torch.Tensor):
-            flat = self.weight[part.reshape(-1)]
-            return dequantize_blocks(flat, self.scheme, self.shape[1]).to(dtype).view(*part.shape, -1)
-        return dequantize_blocks(self.weight[part], self.scheme, self.shape[1]).to(dtype)
+        where = part.reshape(-1) if isinstance(part, torch.Tensor) else part
+        if self._order is not None:
+            where = self._order[where]
+        values = dequantize_blocks(self.weight[where], self.scheme, self.shape[1]).to(dtype)
+        return values.view(*part.shape, -1) if isinstance(part, torch.Tensor) else values
+
+    def lies_in_order(self, order: torch.Tensor) -> None:
+        """Note that the rows of `weight` lie in another order than the model's.
+
+        Args:
+            order: int64 [out], for each of the model's rows where it lies.
+        """
+        self._order = order
+
+    def use_stored_layout(self) -> None:
+        """Put the rows in order, in memory of their own where they are not."""
+        if self._order is not None:
+            self.weight = _fixed(self.weight.detach()[self._order])
+            self._order = None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._order is not None:
+            destination[f"{prefix}weight"] = self.weight.detach()[self._order]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.use_stored_layout()
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 class GgufLinear(GgufLeaf, Dense):

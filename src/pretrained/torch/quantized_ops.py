@@ -54,6 +54,16 @@ class Packed:
         zero = None if self.zero is None else self.zero.to(device)
         return Packed(self.weight.to(device), self.scale.to(device), zero, self.error)
 
+    def part(self, name: str) -> torch.Tensor:
+        """Return one of its tensors by the name it has in a layer.
+
+        Args:
+            name: ``"weight"``, ``"weight_scale"`` or ``"weight_zero"``.
+        """
+        tensor = {"weight": self.weight, "weight_scale": self.scale, "weight_zero": self.zero}[name]
+        assert tensor is not None
+        return tensor
+
 
 def quantize(
     weight: torch.Tensor, config: QuantizationConfig, *, key: str = "weight", transposed: bool = False

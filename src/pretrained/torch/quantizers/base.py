@@ -12,10 +12,11 @@ import torch
 
 from pretrained.core.budgets import DISK
 from pretrained.core.checkpoint import Checkpoint
-from pretrained.core.plan import LoadPlan
+from pretrained.core.plan import LoadPlan, LoadStep
 from pretrained.core.quantization import QuantizationConfig
 from pretrained.core.reader import release_pages
 from pretrained.errors import NotYetError
+from pretrained.torch.offload_folder import Form
 from pretrained.torch.quantize import quantized_leaves, use_kernel_layouts
 from pretrained.torch.tensors import TORCH_DTYPES, Read
 
@@ -67,6 +68,14 @@ class Quantizer:
                 if name != "bias":
                     found[f"{path}.{name}"] = value.numel() * value.element_size()
         return found
+
+    def forms(self, steps: Iterable[LoadStep]) -> dict[str, Form]:
+        """Return, of weights that go to disk, those that become more than one tensor there.
+
+        Args:
+            steps: What is placed on disk.
+        """
+        return {}
 
     def check_homes(self, homes: Iterable[Any]) -> None:
         """Refuse a placement that the weights cannot have.

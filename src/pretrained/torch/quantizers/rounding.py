@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,14 +13,20 @@ from pretrained.core.dtypes import DTYPES
 from pretrained.core.plan import LoadPlan, LoadStep
 from pretrained.core.quantization import QuantizationConfig
 from pretrained.torch.nn import Conv1D
+from pretrained.torch.offload_folder import Form
 from pretrained.torch.quantize import integer_leaf, module_ties, put, select
+from pretrained.torch.quantized import IntegerLeaf
 from pretrained.torch.quantized_ops import quantize
 from pretrained.torch.quantizers.base import Quantizing, let_go
-from pretrained.torch.tensors import TORCH_DTYPES, Read
+from pretrained.torch.tensors import TORCH_DTYPES, Read, dtype_name_of
 
 
 class Rounding(Quantizing):
     """Quantizes each weight when it is read, a piece at a time, straight from the mapped file."""
+
+    def __init__(self, config: QuantizationConfig, dtype: str | None, *, is_mapped: bool = False) -> None:
+        super().__init__(config, dtype, is_mapped=is_mapped)
+        self._forms: dict[str, Form] = {}
 
     def wrap(self, model: Any, plan: LoadPlan, read: Read) -> tuple[LoadPlan, Read]:
         """Put leaves in, and read their weights as `Packed`."""
@@ -33,8 +40,10 @@ class Rounding(Quantizing):
             if step is None or (self.dtype is not None and step.dtype != self.dtype):
                 continue
             module = model.get_submodule(path)
-            put(model, path, integer_leaf(module, config, TORCH_DTYPES[step.dtype]))
+            leaf = integer_leaf(module, config, TORCH_DTYPES[step.dtype])
+            put(model, path, leaf)
             schemes[f"{path}.weight"] = (config, isinstance(module, Conv1D))
+            self._forms[f"{path}.weight"] = _form(path, leaf)
 
         def read_packed(step: LoadStep, device: torch.device) -> Any:
             if step.key not in schemes:
@@ -49,6 +58,28 @@ class Rounding(Quantizing):
             return packed.to(device)
 
         return plan, read_packed
+
+    def forms(self, steps: Iterable[LoadStep]) -> dict[str, Form]:
+        """Return integers and scales of the weights that this load quantizes."""
+        return {step.key: self._forms[step.key] for step in steps if step.key in self._forms}
+
+    def check_homes(self, homes: Iterable[Any]) -> None:
+        """Allow the disk: what is quantized goes there through the offload folder."""
+
+
+def _form(path: str, leaf: IntegerLeaf) -> Form:
+    config = leaf.config
+    symmetric = "" if config.symmetric else " with zeros"
+    groups = "" if config.group_size is None else f" in groups of {config.group_size}"
+    return Form(
+        # The number tells copies of another rounding apart; it goes up when `quantize` changes.
+        f"{config.quant_method}{groups}{symmetric}, rounding 1",
+        {
+            f"{path}.{name}": (dtype_name_of(value.dtype), tuple(value.shape))
+            for name, value in leaf.named_parameters()
+            if name != "bias"
+        },
+    )
 
 
 def _as_stored(step: LoadStep) -> LoadStep:
