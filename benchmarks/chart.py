@@ -1,44 +1,106 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bar chart of ratios as SVG: one bar a figure, the peer at 1, on a logarithmic axis."""
+"""The results as an SVG picture: a panel for each row, a bar for each side, and the bounds that were set."""
 
 from __future__ import annotations
 
-import math
 from html import escape
 from pathlib import Path
 
-from measure import Comparison
+from measure import OURS, Comparison, Figure
 
-_WIDTH, _ROW, _LEFT, _RIGHT = 820, 26, 380, 90
-_LOWER, _HIGHER = "#2a7f62", "#b3541e"
+_WIDTH, _LEFT, _BAR, _GAP = 900, 190, 340, 26
+_LINE, _TITLE, _SPACE = 19, 24, 18
+_OURS, _OTHER, _RANGE, _BOUND, _QUIET = "#1f7a5c", "#a9b3bb", "#333333", "#c2410c", "#5b6670"
+# The figure that a row is about, first found first; what stands beside it in the second column.
+_SPEED = ("again_s", "total_s", "both_s", "first_class_after_torch_s", "tokens_per_s")
+_MEMORY = ("again_memory_bytes", "peak_bytes")
+_COLUMNS = ((_LEFT, _BAR), (_LEFT + _BAR + _GAP + 90, 150))
 
 
 def draw(results: list[Comparison], file: Path) -> None:
-    """Write the chart.
+    """Write the picture.
 
     Args:
         results: What was found.
         file: Where to.
     """
-    rows = [(r.claim, name, ratio) for r in results for name, ratio in r.ratios.items() if ratio > 0]
-    reach = max([2.0, *(max(ratio, 1 / ratio) for _, _, ratio in rows)])
-    height = _ROW * (len(rows) + 2)
-    middle, half = (_LEFT + _WIDTH - _RIGHT) / 2, (_WIDTH - _RIGHT - _LEFT) / 2
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
-        f'<text x="{middle}" y="16" text-anchor="middle">ours / peer (logarithmic; the line is 1)</text>',
-    ]
-    for index, (claim, name, ratio) in enumerate(rows):
-        y = _ROW * (index + 1)
-        length = half * math.log(ratio) / math.log(reach)
-        better = (ratio > 1) == name.startswith("tokens_per")
+    parts: list[str] = []
+    y = 12
+    for result in results:
+        y = _panel(result, y, parts)
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{y}" viewBox="0 0 {_WIDTH} {y}" '
+        'font-family="Helvetica, Arial, sans-serif" font-size="12">'
+        f'<rect width="{_WIDTH}" height="{y}" fill="white"/>'
+    )
+    file.write_text("\n".join([head, *parts, "</svg>"]) + "\n", encoding="utf-8")
+
+
+def _panel(result: Comparison, y: int, parts: list[str]) -> int:
+    """Draw one row's bars from `y` down; return where the next begins."""
+    parts.append(f'<text x="10" y="{y + 14}" font-weight="bold">{escape(result.claim)}</text>')
+    y += _TITLE
+    columns = [name for names in (_SPEED, _MEMORY) if (name := _first(result, names))]
+    for place, name in zip(_COLUMNS, columns, strict=False):
+        _column(result, name, place, y, parts)
+    for index, side in enumerate([*result.figures, *result.failures]):
+        middle = y + index * _LINE + 13
+        weight = ' font-weight="bold"' if side == OURS else ""
+        parts.append(f'<text x="{_LEFT - 8}" y="{middle}" text-anchor="end"{weight}>{escape(side)}</text>')
+        if side in result.failures:
+            text = escape(result.failures[side])
+            parts.append(f'<text x="{_LEFT}" y="{middle}" fill="{_BOUND}">{text}</text>')
+    return y + _LINE * (len(result.figures) + len(result.failures)) + _SPACE
+
+
+def _first(result: Comparison, names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in result.figures.get(OURS, {})), None)
+
+
+def _column(result: Comparison, name: str, place: tuple[int, int], y: int, parts: list[str]) -> None:
+    left, width = place
+    # A side that only reads files has one figure, its seconds.
+    found = {
+        side: figures.get(name) or (figures.get("total_s") if name.endswith("_s") else None)
+        for side, figures in result.figures.items()
+    }
+    bounds = _bounds(result, name, found)
+    reach = max([*(figure.most for figure in found.values() if figure), *bounds]) or 1.0
+    for index, (side, figure) in enumerate(found.items()):
+        if figure is None:
+            continue
+        top = y + index * _LINE + 2
+        length, least, most = (width * one / reach for one in (figure.median, figure.least, figure.most))
+        colour = _OURS if side == OURS else _OTHER
         parts += [
-            f'<text x="8" y="{y + 16}">{escape(claim)}: {escape(name)}</text>',
-            f'<rect x="{middle + min(length, 0):.1f}" y="{y + 4}" width="{abs(length):.1f}" height="16" '
-            f'fill="{_LOWER if better else _HIGHER}"/>',
-            f'<text x="{_WIDTH - _RIGHT + 8}" y="{y + 16}">{ratio:.3g}</text>',
+            f'<rect x="{left}" y="{top}" width="{length:.1f}" height="{_LINE - 5}" fill="{colour}"/>',
+            f'<path d="M{left + least:.1f} {top + 7}H{left + most:.1f}" stroke="{_RANGE}"/>',
+            f'<text x="{left + most + 6:.1f}" y="{top + 11}">{_text(name, figure)}</text>',
         ]
-    parts.append(f'<line x1="{middle}" y1="22" x2="{middle}" y2="{height - 8}" stroke="black"/></svg>')
-    file.write_text("\n".join(parts) + "\n")
+    for bound in bounds:
+        x = left + width * bound / reach
+        end = y + _LINE - 1
+        parts.append(f'<path d="M{x:.1f} {y}V{end}" stroke="{_BOUND}" stroke-width="2"/>')
+
+
+def _bounds(result: Comparison, name: str, found: dict[str, Figure | None]) -> list[float]:
+    """Return where the targets of a figure lie, in its unit."""
+    bounds = []
+    for verdict in result.verdicts:
+        bound = verdict.most if verdict.most is not None else verdict.least
+        if verdict.figure != name or bound is None:
+            continue
+        other = found.get(verdict.against or "")
+        if verdict.against is None:
+            bounds.append(bound)
+        elif other is not None:
+            bounds.append(bound * other.median)
+    return bounds
+
+
+def _text(name: str, figure: Figure) -> str:
+    if name.endswith("_bytes"):
+        return f"{figure.median / 1e9:.2f} GB"
+    if name.startswith("tokens_per"):
+        return f"{figure.median:.0f} tokens/s"
+    return f"{figure.median:.2f} s" if figure.median >= 0.1 else f"{figure.median * 1e3:.0f} ms"

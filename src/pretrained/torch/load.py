@@ -27,7 +27,7 @@ from pretrained.core.dtypes import DTYPES, floating_dtype_name
 from pretrained.core.options import LoadOptions, unknown_argument
 from pretrained.core.plan import LoadPlan, LoadPolicy, LoadStep, check_depth, plan_load
 from pretrained.core.progress import reporting
-from pretrained.core.report import LoadReport
+from pretrained.core.report import LoadReport, format_bytes
 from pretrained.core.skeleton import ParamSpec, Skeleton
 from pretrained.errors import (
     ArgumentError,
@@ -97,9 +97,10 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     dtype = resolve_dtype(options.dtype, config, checkpoint)
     model = build_empty(cls, config, *model_args, **kwargs)
     model.name_or_path = "" if path is None else str(path)
+    quantizer = quantizer_for(config, checkpoint, options, dtype)
+    checkpoint = quantizer.view(model, checkpoint)
     if checkpoint.format != "gguf":
         settle_ties(model, checkpoint, key_mapping=options.key_mapping, state_dict=options.state_dict)
-    quantizer = quantizer_for(config, checkpoint, options, dtype)
     quantizer.prepare(model, checkpoint)
     skeleton = skeleton_of(model)
     plan = plan_load(
@@ -510,8 +511,9 @@ def _audit(model: nn.Module, initialised: Iterable[str]) -> None:
 
 
 def _log(report: LoadReport, options: LoadOptions) -> None:
-    if not report.is_plain:
-        logger.warning("%s", report)
+    level = logging.INFO if report.is_plain else logging.WARNING
+    logger.log(level, "%s", report)
+    logger.info("read %s in %.2f s", format_bytes(report.nbytes_read), report.load_s)
     narrow = {
         stored
         for stored, loaded in report.dtypes

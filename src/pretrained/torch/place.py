@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from pretrained.torch.offload_folder import (
 )
 from pretrained.torch.quantizers.base import Quantizer
 from pretrained.torch.tensors import Read, mapped_reader
+
+logger = logging.getLogger(__name__)
 
 # Of an accelerator's free memory; the rest is for what a forward computes.
 _SHARE_OF_FREE = 0.9
@@ -91,6 +94,7 @@ def place(
             with_blocks(skeleton, blocks), sizes, free_memory(max_memory), strategy=device_map
         )
         _check_there(placement.device_map.values())
+        logger.info("%s", placement)
         main = torch_device(placement.main) if main is None else main
         return Homes(placement.device_map, main, offload_buffers, skeleton.ties)
     placement = check_device_map(
@@ -100,6 +104,8 @@ def place(
         sizes=sizes,
         modules=modules,
     )
+    for note in placement.notes:
+        logger.info("device_map: %s", note)
     main = torch_device(placement.main) if main is None else main
     return Homes(placement.device_map, main, offload_buffers, skeleton.ties)
 

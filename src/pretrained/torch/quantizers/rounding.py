@@ -15,10 +15,9 @@ from pretrained.core.quantization import QuantizationConfig
 from pretrained.torch.nn import Conv1D
 from pretrained.torch.offload_folder import Form
 from pretrained.torch.quantize import integer_leaf, module_ties, put, select
-from pretrained.torch.quantized import IntegerLeaf
 from pretrained.torch.quantized_ops import quantize
-from pretrained.torch.quantizers.base import Quantizing, let_go
-from pretrained.torch.tensors import TORCH_DTYPES, Read, dtype_name_of
+from pretrained.torch.quantizers.base import Quantizing, copy_form, let_go
+from pretrained.torch.tensors import TORCH_DTYPES, Read
 
 
 class Rounding(Quantizing):
@@ -43,7 +42,7 @@ class Rounding(Quantizing):
             leaf = integer_leaf(module, config, TORCH_DTYPES[step.dtype])
             put(model, path, leaf)
             schemes[f"{path}.weight"] = (config, isinstance(module, Conv1D))
-            self._forms[f"{path}.weight"] = _form(path, leaf)
+            self._forms[f"{path}.weight"] = copy_form(path, leaf)
 
         def read_packed(step: LoadStep, device: torch.device) -> Any:
             if step.key not in schemes:
@@ -65,21 +64,6 @@ class Rounding(Quantizing):
 
     def check_homes(self, homes: Iterable[Any]) -> None:
         """Allow the disk: what is quantized goes there through the offload folder."""
-
-
-def _form(path: str, leaf: IntegerLeaf) -> Form:
-    config = leaf.config
-    symmetric = "" if config.symmetric else " with zeros"
-    groups = "" if config.group_size is None else f" in groups of {config.group_size}"
-    return Form(
-        # The number tells copies of another rounding apart; it goes up when `quantize` changes.
-        f"{config.quant_method}{groups}{symmetric}, rounding 1",
-        {
-            f"{path}.{name}": (dtype_name_of(value.dtype), tuple(value.shape))
-            for name, value in leaf.named_parameters()
-            if name != "bias"
-        },
-    )
 
 
 def _as_stored(step: LoadStep) -> LoadStep:
