@@ -29,6 +29,7 @@ from pretrained.core.units import covering
 from pretrained.errors import ArgumentError, PlacementError
 from pretrained.torch.devices import home_name
 from pretrained.torch.offload import DiskWeights, Span, cannot_copy, files_of
+from pretrained.torch.quantized import IntegerLeaf
 from pretrained.torch.read_ahead import ReadAhead
 
 WHOLE: Final = ("MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer")
@@ -215,6 +216,9 @@ def leave(model: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> 
         probe = convert(tensor.data.view(-1)[:1])
         if (probe.dtype, probe.device) != (tensor.dtype, tensor.device):
             need += tensor.numel() * probe.element_size()
+    # Quantized layers get a copy in the layout of their kernel.
+    leaves = [module for module in model.modules() if isinstance(module, IntegerLeaf)]
+    need += sum({leaf.weight.data_ptr(): leaf.weight.nbytes for leaf in leaves}.values())
     left = available_host_memory() if device.type == "cpu" else None
     if left is not None and need > left:
         raise PlacementError(

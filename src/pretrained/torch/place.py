@@ -261,8 +261,9 @@ def write_new(model: nn.Module, keys: Iterable[str], store: DiskWeights, folder:
         tensor = store.tensor(info)
         is_parameter = isinstance(table[name], nn.Parameter)
         table[name] = nn.Parameter(tensor, table[name].requires_grad) if is_parameter else tensor
-    if callable(getattr(model, "tie_weights", None)):
-        model.tie_weights()
+    tie_weights = getattr(model, "tie_weights", None)
+    if callable(tie_weights):
+        tie_weights()
 
 
 def _read_one(step: LoadStep, device: torch.device) -> torch.Tensor:
