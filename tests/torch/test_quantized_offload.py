@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that a load quantizes and that live on disk: copies made once, checked, and run from their pages."""
+"""Weights that a load quantizes and that live on disk: copied once, checked, and run from their pages."""
 
 import errno
 import gc

@@ -77,16 +77,17 @@ def _bytes(count: int) -> torch.Tensor:
     return torch.from_numpy(np.empty(count, dtype=np.uint8))
 
 
-def mapped_reader(*, copy_all: bool = False) -> Read:
+def mapped_reader(files: MappedFiles | None = None, *, copy_all: bool = False) -> Read:
     """Return a function that reads tensors from mapped files; threads may call it side by side.
 
     A tensor that needs no cast and stays on the CPU is a view of a private map: its pages are the
     file's own, shared between processes, until something writes to them; the file never changes.
 
     Args:
+        files: The maps; None for new ones.
         copy_all: Give every tensor memory of its own.
     """
-    files, arena = MappedFiles(), Arena()
+    files, arena = files or MappedFiles(), Arena()
 
     def read(step: LoadStep, device: torch.device) -> torch.Tensor:
         info, dtype = step.source, TORCH_DTYPES[step.dtype]
