@@ -68,6 +68,7 @@ from pretrained.torch.quantizers.base import Quantizer
 from pretrained.torch.quantizers.choose import quantizer_for
 from pretrained.torch.tensors import TORCH_DTYPES, Read, dtype_name_of, mapped_reader, state_dict_reader
 from pretrained.torch.ties import settle_ties
+from pretrained.torch.uploads import Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -307,11 +308,12 @@ def execute(
     buffers = buffers_of(model)
     ahead = Prefetch(files, () if files is None else _to_read(plan, homes, buffers))
     done, total = 0, plan.nbytes_to_read
+    uploads = Uploads(files)
 
     def read_home(step: LoadStep) -> torch.Tensor:
-        return read(step, homes.resting(step.key, is_buffer=step.key in buffers))
+        return uploads.read(step, homes.resting(step.key, is_buffer=step.key in buffers), read)
 
-    with reporting(progress, total, "loading") as report:
+    with reporting(progress, total, "loading") as report, uploads:
         for step, tensor in _read_all(plan, read_home, ahead):
             assign(model, step.key, tensor)
             done += step.source.nbytes
