@@ -30,11 +30,11 @@ from pretrained.torch.quantized_ops import (
     from_kernel_layout,
     kernel_block,
     pack_nibbles,
-    quantize,
     to_kernel_layout,
     unpack_nibbles,
 )
 from pretrained.torch.quantizers import rounding as quantizing
+from pretrained.torch.rounding import quantize
 
 SIZES = {
     LlamaForCausalLM: {
@@ -162,7 +162,7 @@ def test_error_of_normal_weights_is_bounded_and_reported_truly(config, bound):
 def test_pieces_and_layouts_change_nothing(config, dtype, monkeypatch):
     weight = torch.randn(80, 256, generator=torch.Generator().manual_seed(2)).to(dtype)
     whole = quantize(weight, config)
-    monkeypatch.setattr("pretrained.torch.quantized_ops.CHUNK", 1024)
+    monkeypatch.setattr("pretrained.torch.rounding.TILE", 1024)
     pieces = quantize(weight.t().contiguous(), config, transposed=True)
     assert torch.equal(whole.weight, pieces.weight)
     assert torch.equal(whole.scale, pieces.scale)

@@ -10,10 +10,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,9 +49,10 @@ from pretrained.torch.offload import DiskWeights
 from pretrained.torch.place import blocks_of, is_one_device, on_disk, place, placed_reader, sizes_of
 from pretrained.torch.quantize import all_ties, packed_keys
 from pretrained.torch.quantized import IntegerLeaf
-from pretrained.torch.quantized_ops import Packed
 from pretrained.torch.quantizers.base import Quantizer
 from pretrained.torch.quantizers.choose import quantizer_for
+from pretrained.torch.rounding import Packed
+from pretrained.torch.serial_threads import serial_pool
 from pretrained.torch.tensors import TORCH_DTYPES, Read, dtype_name_of, mapped_reader, state_dict_reader
 from pretrained.torch.ties import settle_ties
 
@@ -103,8 +102,9 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     model.generation_config = read_generation_config(model, source, options)
     read = state_dict_reader(options.state_dict) if options.state_dict is not None else None
     if device is not None:
+        quantizer.is_resident = True
         plan, read = quantizer.wrap(model, plan, read or mapped_reader(copy_all=options.disable_mmap))
-        execute(model, plan, device, read, options.progress, dtype=dtype)
+        execute(model, plan, device, read, options.progress, dtype=dtype, computes=quantizer.is_active)
     else:
         plan = execute_placed(model, plan, skeleton, read, options, dtype, quantizer)
     config.dtype = dtype_name_of(model.dtype)
@@ -272,6 +272,7 @@ def execute(
     progress: Any = None,
     *,
     dtype: str | None = None,
+    computes: bool = False,
 ) -> None:
     """Carry a plan out on a model built empty.
 
@@ -282,6 +283,7 @@ def execute(
         read: Reads one tensor.
         progress: As `LoadOptions.progress`.
         dtype: Dtype of weights that are initialised; None for the one most loaded weights have.
+        computes: Whether reading takes work even where nothing is cast: weights are quantized on the way.
     """
     homes = device if isinstance(device, Homes) else Homes({"": home_name(device)}, device)
     buffers = buffers_of(model)
@@ -291,7 +293,7 @@ def execute(
         return read(step, homes.resting(step.key, is_buffer=step.key in buffers))
 
     with reporting(progress, plan.nbytes_to_read, "loading") as report:
-        for step, tensor in _read_all(plan, read_home):
+        for step, tensor in _read_all(plan, read_home, computes):
             assign(model, step.key, tensor)
             done += step.source.nbytes
             report(done, plan.nbytes_to_read, "loading")
@@ -349,7 +351,7 @@ def execute_placed(
     buffers, store = buffers_of(model), DiskWeights()
     placed = on_disk(plan, homes, buffers, store, read, options.offload_folder)
     reader = placed_reader(quantized, homes, buffers, store)
-    execute(model, placed, homes, reader, options.progress, dtype=dtype)
+    execute(model, placed, homes, reader, options.progress, dtype=dtype, computes=quantizer.is_active)
     attach(model, homes, store, skip_keys=getattr(model, "_skip_keys_device_placement", None) or ())
     model.hf_device_map = dict(homes.device_map)
     return plan
@@ -365,14 +367,14 @@ def buffers_of(model: nn.Module) -> frozenset[str]:
 
 
 def _read_all(
-    plan: LoadPlan, read: Callable[[LoadStep], torch.Tensor]
+    plan: LoadPlan, read: Callable[[LoadStep], torch.Tensor], computes: bool
 ) -> Iterator[tuple[LoadStep, torch.Tensor]]:
     """Read every step, in file order; those that compute something side by side."""
-    if all(step.is_view for step in plan.steps):
+    if not computes and all(step.is_view for step in plan.steps):
         for step in plan.steps:
             yield step, read(step)
         return
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+    with serial_pool() as pool:
         yield from zip(plan.steps, pool.map(read, plan.steps), strict=True)
 
 

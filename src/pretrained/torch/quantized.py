@@ -23,7 +23,6 @@ from pretrained.torch.nn import Conv1D
 from pretrained.torch.quantized_ops import (
     KERNEL_ROWS,
     Dense,
-    Packed,
     QuantizedMatmul,
     dequantize_blocks,
     from_kernel_layout,
@@ -34,6 +33,7 @@ from pretrained.torch.quantized_ops import (
     to_kernel_layout,
     unpack_nibbles,
 )
+from pretrained.torch.rounding import Packed
 
 # What int8pack reads at a time: with other widths it reads past the end of a row, and at addresses that do
 # not divide by 16 it kills the process, without a check for either (torch 2.13, x86).
@@ -136,7 +136,7 @@ class IntegerLeaf(QuantizedLeaf):
         Args:
             packed: Of this leaf's shape and scheme.
         """
-        self._scales = None
+        self._scales = packed.kernel_scales
         for name, tensor in (
             ("weight", packed.weight),
             ("weight_scale", packed.scale),
@@ -169,6 +169,11 @@ class IntegerLeaf(QuantizedLeaf):
 
     # -- layouts -------------------------------------------------------------------------------
 
+    def takes_kernel_layout(self) -> bool:
+        """Return whether 4-bit weights on a CPU are kept in the layout of its kernel."""
+        suits = self.config.bits == 4 and self.config.compute_dtype != "float32"
+        return suits and self.shape[0] % _INT4_ROWS == 0 and kernel_block() is not None
+
     def use_kernel_layout(self) -> bool:
         """Put 4-bit weights into the layout of this CPU's kernel, in place of the stored one.
 
@@ -186,7 +191,7 @@ class IntegerLeaf(QuantizedLeaf):
             return self.shape[1] % _INT8_COLUMNS == 0
         if self._scales is not None:
             return True
-        if self.shape[0] % _INT4_ROWS or kernel_block() is None:
+        if not self.takes_kernel_layout():
             return False
         scales = torch.zeros(self.weight_scale.shape[1], self.shape[0], 2, dtype=torch.bfloat16)
         scales[..., 0] = self.weight_scale.t()
