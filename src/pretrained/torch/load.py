@@ -18,13 +18,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from pretrained.core.budgets import DISK
-from pretrained.core.checkpoint import Checkpoint
+from pretrained.core.budgets import DISK, available_host_memory
+from pretrained.core.checkpoint import Checkpoint, TensorInfo
 from pretrained.core.config import PreTrainedConfig
 from pretrained.core.dtypes import DTYPES, floating_dtype_name
 from pretrained.core.options import LoadOptions, unknown_argument
 from pretrained.core.plan import LoadPlan, LoadPolicy, LoadStep, check_depth, plan_load
+from pretrained.core.prefetch import Prefetch
 from pretrained.core.progress import reporting
+from pretrained.core.reader import MappedFiles
 from pretrained.core.report import LoadReport, format_bytes
 from pretrained.core.skeleton import ParamSpec, Skeleton
 from pretrained.errors import (
@@ -87,9 +89,10 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     dtype = resolve_dtype(options.dtype, config, checkpoint)
     model = build_empty(cls, config, *model_args, **kwargs)
     model.name_or_path = "" if path is None else str(path)
+    quantizer = quantizer_for(config, checkpoint, options, dtype)
+    checkpoint = quantizer.view(model, checkpoint)
     if checkpoint.format != "gguf":
         settle_ties(model, checkpoint, key_mapping=options.key_mapping, state_dict=options.state_dict)
-    quantizer = quantizer_for(config, checkpoint, options, dtype)
     quantizer.prepare(model, checkpoint)
     skeleton = skeleton_of(model)
     plan = plan_load(
@@ -100,13 +103,15 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
         source=path,
     )
     model.generation_config = read_generation_config(model, source, options)
-    read = state_dict_reader(options.state_dict) if options.state_dict is not None else None
+    read = None if options.state_dict is None else state_dict_reader(options.state_dict)
+    files = MappedFiles() if options.state_dict is None else None
     if device is not None:
         quantizer.is_resident = True
-        plan, read = quantizer.wrap(model, plan, read or mapped_reader(copy_all=options.disable_mmap))
-        execute(model, plan, device, read, options.progress, dtype=dtype, computes=quantizer.is_active)
+        plan, read = quantizer.wrap(model, plan, read or mapped_reader(files, copy_all=options.disable_mmap))
+        computes = quantizer.is_active
+        execute(model, plan, device, read, options.progress, files=files, dtype=dtype, computes=computes)
     else:
-        plan = execute_placed(model, plan, skeleton, read, options, dtype, quantizer)
+        plan = execute_placed(model, plan, skeleton, read, files, options, dtype, quantizer)
     config.dtype = dtype_name_of(model.dtype)
     model._checkpoint_names = dict(plan.renamed)
     quantizer.finish(model)
@@ -271,6 +276,7 @@ def execute(
     read: Read,
     progress: Any = None,
     *,
+    files: MappedFiles | None = None,
     dtype: str | None = None,
     computes: bool = False,
 ) -> None:
@@ -282,21 +288,23 @@ def execute(
         device: Where the weights go: one device, or homes.
         read: Reads one tensor.
         progress: As `LoadOptions.progress`.
+        files: The maps that `read` reads from, to read ahead of it; None where it reads from none.
         dtype: Dtype of weights that are initialised; None for the one most loaded weights have.
         computes: Whether reading takes work even where nothing is cast: weights are quantized on the way.
     """
     homes = device if isinstance(device, Homes) else Homes({"": home_name(device)}, device)
     buffers = buffers_of(model)
-    done = 0
+    ahead = Prefetch(files, () if files is None else _to_read(plan, homes, buffers))
+    done, total = 0, plan.nbytes_to_read
 
     def read_home(step: LoadStep) -> torch.Tensor:
         return read(step, homes.resting(step.key, is_buffer=step.key in buffers))
 
-    with reporting(progress, plan.nbytes_to_read, "loading") as report:
-        for step, tensor in _read_all(plan, read_home, computes):
+    with reporting(progress, total, "loading") as report:
+        for step, tensor in _read_all(plan, read_home, ahead, computes):
             assign(model, step.key, tensor)
             done += step.source.nbytes
-            report(done, plan.nbytes_to_read, "loading")
+            report(done, total, "loading")
     new = [key for key in plan.initialise if key not in plan.ties]
     _allocate(model, new, homes, TORCH_DTYPES[dtype or _usual_dtype(plan)])
     _fill_derived_buffers(model, homes)
@@ -312,6 +320,7 @@ def execute_placed(
     plan: LoadPlan,
     skeleton: Skeleton,
     read: Read | None,
+    files: MappedFiles | None,
     options: LoadOptions,
     dtype: str | None,
     quantizer: Quantizer,
@@ -323,6 +332,7 @@ def execute_placed(
         plan: What to do.
         skeleton: What the model promises.
         read: Reads weights that are in no file; None for weights in files.
+        files: The maps of the weights' files; None for weights in no file.
         options: The call's device map, budgets and offload folder.
         dtype: Name of the dtype that weights are loaded as.
         quantizer: What is quantized on the way.
@@ -330,7 +340,7 @@ def execute_placed(
     Returns:
         The plan with what is quantized on the way.
     """
-    plan, quantized = quantizer.wrap(model, plan, read or mapped_reader(copy_all=options.disable_mmap))
+    plan, quantized = quantizer.wrap(model, plan, read or mapped_reader(files, copy_all=options.disable_mmap))
     skeleton = skeleton_of(model) if quantizer.is_active else skeleton
     homes = place(
         options.device_map,
@@ -351,7 +361,8 @@ def execute_placed(
     buffers, store = buffers_of(model), DiskWeights()
     placed = on_disk(plan, homes, buffers, store, read, options.offload_folder)
     reader = placed_reader(quantized, homes, buffers, store)
-    execute(model, placed, homes, reader, options.progress, dtype=dtype, computes=quantizer.is_active)
+    computes = quantizer.is_active
+    execute(model, placed, homes, reader, options.progress, files=files, dtype=dtype, computes=computes)
     attach(model, homes, store, skip_keys=getattr(model, "_skip_keys_device_placement", None) or ())
     model.hf_device_map = dict(homes.device_map)
     return plan
@@ -367,15 +378,32 @@ def buffers_of(model: nn.Module) -> frozenset[str]:
 
 
 def _read_all(
-    plan: LoadPlan, read: Callable[[LoadStep], torch.Tensor], computes: bool
+    plan: LoadPlan, read: Callable[[LoadStep], torch.Tensor], ahead: Prefetch, computes: bool
 ) -> Iterator[tuple[LoadStep, torch.Tensor]]:
     """Read every step, in file order; those that compute something side by side."""
-    if not computes and all(step.is_view for step in plan.steps):
-        for step in plan.steps:
-            yield step, read(step)
-        return
-    with serial_pool() as pool:
-        yield from zip(plan.steps, pool.map(read, plan.steps), strict=True)
+
+    def read_waited(step: LoadStep) -> torch.Tensor:
+        ahead.wait(step.source)
+        tensor = read(step)
+        ahead.used(step.source)
+        return tensor
+
+    with ahead:
+        if not computes and all(step.is_view for step in plan.steps):
+            for step in plan.steps:
+                yield step, read_waited(step)
+            return
+        with serial_pool() as pool:
+            yield from zip(plan.steps, pool.map(read_waited, plan.steps), strict=True)
+
+
+def _to_read(plan: LoadPlan, homes: Homes, buffers: frozenset[str]) -> list[TensorInfo]:
+    """Return what is worth reading ahead: not what stays on disk, nor views that memory cannot hold."""
+    steps = [s for s in plan.steps if homes.home(s.key, is_buffer=s.key in buffers) != DISK]
+    kept_bytes = sum(step.source.nbytes for step in steps if step.is_view)
+    left = available_host_memory()
+    fits = left is None or kept_bytes < left
+    return [step.source for step in steps if fits or not step.is_view]
 
 
 def assign(model: nn.Module, key: str, tensor: torch.Tensor | Packed) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pretrained.core.integer_form import IntegerForm
 from pretrained.core.quantization import QuantizationConfig, names_module
 from pretrained.errors import ArgumentError
 from pretrained.torch.nn import Conv1D
@@ -26,7 +27,7 @@ from pretrained.torch.quantized import (
 logger = logging.getLogger(__name__)
 
 # Names of a leaf's tensors beside `weight`.
-SCALES = ("weight_scale", "weight_zero")
+SCALES = ("weight_scale", "weight_zero", "weight_order")
 
 
 # -- which layers ---------------------------------------------------------------------------------
@@ -128,12 +129,14 @@ def dense_shape(module: nn.Module) -> tuple[int, int]:
 # -- putting leaves in ----------------------------------------------------------------------------
 
 
-def integer_leaf(module: nn.Module, config: QuantizationConfig, dtype: torch.dtype) -> IntegerLeaf:
+def integer_leaf(
+    module: nn.Module, config: QuantizationConfig | IntegerForm, dtype: torch.dtype
+) -> IntegerLeaf:
     """Return an empty int8 or int4 leaf for a layer, on the meta device; it shares the layer's bias.
 
     Args:
         module: A `Linear`, `Conv1D` or `Embedding`.
-        config: Its scheme.
+        config: Its scheme or form.
         dtype: What its weight would be loaded as.
     """
     rows, columns = dense_shape(module)

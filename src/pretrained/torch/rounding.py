@@ -23,13 +23,14 @@ TILE = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A quantized weight.
+    """A quantized weight, in a form of `pretrained.core.integer_form`.
 
     Attributes:
         weight: [out, in] int8, or [out, in / 2] uint8.
-        scale: bfloat16, [out] or [out, in / group].
-        zero: As `scale`, or None for symmetric forms.
+        scale: [out] or [out, in / group]; bfloat16 where this library has rounded.
+        zero: Offsets or zero points, [out, in / group]; None for symmetric forms.
         error: Root-mean-square error relative to the weight's root mean square.
+        order: int32 [in], the input of each stored column; None where they are in order.
         kernel_scales: bfloat16 [in / group, out, 2], scale and zero side by side, where `weight` is in the
             layout of this CPU's 4-bit kernel; `scale` and `zero` are views of it. None for the stored form.
     """
@@ -38,6 +39,7 @@ class Packed:
     scale: torch.Tensor
     zero: torch.Tensor | None
     error: float
+    order: torch.Tensor | None = None
     kernel_scales: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Packed:
@@ -50,7 +52,8 @@ class Packed:
             return self
         assert self.kernel_scales is None
         zero = None if self.zero is None else self.zero.to(device)
-        return Packed(self.weight.to(device), self.scale.to(device), zero, self.error)
+        order = None if self.order is None else self.order.to(device)
+        return Packed(self.weight.to(device), self.scale.to(device), zero, self.error, order)
 
 
 def quantize(
@@ -124,7 +127,7 @@ def _quantize(matrix: torch.Tensor, config: QuantizationConfig, key: str, for_ke
     scale = scales[..., 0].t()
     zero = None if config.symmetric else scales[..., 1].t()
     if for_kernel:
-        return Packed(data, scale, zero, error, scales)
+        return Packed(data, scale, zero, error, kernel_scales=scales)
     scale = scale[:, 0].clone() if config.bits == 8 else scale.contiguous()
     return Packed(data, scale, zero if zero is None else zero.contiguous(), error)
 

@@ -34,6 +34,15 @@ class Quantizer:
         self.dtype = dtype
         self.errors: dict[str, float] = {}
 
+    def view(self, model: Any, checkpoint: Checkpoint) -> Checkpoint:
+        """Return the checkpoint as the rest of the load sees it; the first question of all.
+
+        Args:
+            model: Without memory.
+            checkpoint: What the files hold.
+        """
+        return checkpoint
+
     def prepare(self, model: Any, checkpoint: Checkpoint) -> None:
         """Change the empty model before the load is planned.
 
