@@ -314,7 +314,9 @@ def execute(
     uploads = Uploads(files)
 
     def read_home(step: LoadStep) -> torch.Tensor:
-        return uploads.read(step, homes.resting(step.key, is_buffer=step.key in buffers), read)
+        device = homes.resting(step.key, is_buffer=step.key in buffers)
+        # What is quantized on the way is laid out for the device that it goes to.
+        return read(step, device) if computes else uploads.read(step, device, read)
 
     with reporting(progress, total, "loading") as report, uploads:
         for step, tensor in _read_all(plan, read_home, ahead, computes):
