@@ -148,7 +148,7 @@ def test_what_does_not_fit_is_refused(load, place, move, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to move to")
 def test_a_device_that_is_not_there_changes_nothing(model):
     before = facts(model)
-    with pytest.raises((AssertionError, RuntimeError), match="CUDA|NVIDIA"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
         model.cuda()
     assert unchanged(model, before)
 
