@@ -115,8 +115,12 @@ class QuantizedModelMixin:
             ArgumentError: plain weights for quantized layers; nothing has changed then.
         """
         for path, leaf in quantized_leaves(self).items():  # type: ignore[arg-type]
-            given, held = state_dict.get(f"{path}.weight"), leaf.get_parameter("weight")
-            if given is not None and (given.dtype, given.shape) != (held.dtype, held.shape):
+            given, held = state_dict.get(f"{path}.weight"), leaf._parameters.get("weight")
+            if (
+                given is not None
+                and held is not None
+                and (given.dtype, given.shape) != (held.dtype, held.shape)
+            ):
                 raise ArgumentError(
                     "The model is quantized, and the state dict is not, or in another scheme",
                     where=f"{path}.weight",
