@@ -12,7 +12,7 @@ import inspect
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from pretrained.core.checkpoint import Checkpoint, TensorInfo
 from pretrained.core.config import PreTrainedConfig
 from pretrained.core.dtypes import DTYPES, floating_dtype_name
 from pretrained.core.file_state import FilesInUse
+from pretrained.core.keys import KeyRule
 from pretrained.core.options import LoadOptions, unknown_argument
 from pretrained.core.plan import LoadPlan, LoadPolicy, LoadStep, check_depth, plan_load
 from pretrained.core.prefetch import Prefetch
@@ -52,7 +53,16 @@ from pretrained.torch.load_sources import (
 )
 from pretrained.torch.mapped_mixin import files_in_use
 from pretrained.torch.offload import DiskWeights
-from pretrained.torch.place import blocks_of, is_one_device, on_disk, place, placed_reader, sizes_of
+from pretrained.torch.place import (
+    blocks_of,
+    check_new,
+    is_one_device,
+    on_disk,
+    place,
+    placed_reader,
+    sizes_of,
+    write_new,
+)
 from pretrained.torch.quantize import all_ties, packed_keys
 from pretrained.torch.quantized import IntegerLeaf
 from pretrained.torch.quantized_ops import Packed
@@ -87,6 +97,7 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     check_generation_config(options.generation_config)
     source = find_source(path, options)
     checkpoint = open_weights(source, options)
+    states = checkpoint.states
     config, kwargs = read_model_config(cls, source, checkpoint, options, kwargs)
     check_depth(config, checkpoint, path)
     dtype = resolve_dtype(options.dtype, config, checkpoint)
@@ -101,20 +112,20 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     plan = plan_load(
         checkpoint,
         skeleton,
-        policy_of(model, options, dtype),
+        policy_of(model, options, dtype, quantizer.rules),
         layouts=layouts_of(checkpoint),
         source=path,
     )
     model.generation_config = read_generation_config(model, source, options)
     read = None if options.state_dict is None else state_dict_reader(options.state_dict)
-    files = MappedFiles(checkpoint.states) if options.state_dict is None else None
+    files = MappedFiles(states) if options.state_dict is None else None
     if device is not None:
         plan, read = quantizer.wrap(model, plan, read or mapped_reader(files, copy_all=options.disable_mmap))
         execute(model, plan, device, read, options.progress, files=files, dtype=dtype)
     else:
         plan = execute_placed(model, plan, skeleton, read, files, options, dtype, quantizer)
     # What was changed while it was read is not trusted, wherever its weights went.
-    FilesInUse(checkpoint.states).check("while it was being loaded")
+    FilesInUse(states).check("while it was being loaded")
     config.dtype = dtype_name_of(model.dtype)
     model._checkpoint_names = dict(plan.renamed)
     model._files_in_use = None if files is None or options.disable_mmap else files_in_use(model, plan, files)
@@ -131,6 +142,7 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
         dropped=plan.dropped,
         dtypes=plan.dtypes,
         quantized=quantizer.errors,
+        notes=tuple(quantizer.notes),
         nbytes_read=plan.nbytes_to_read,
         load_s=time.perf_counter() - started,
     )
@@ -249,13 +261,16 @@ def skeleton_of(module: nn.Module) -> Skeleton:
     return Skeleton(params, {alias: owner for alias, owner in ties.items() if alias in params}, derived)
 
 
-def policy_of(model: Any, options: LoadOptions, dtype: str | None) -> LoadPolicy:
+def policy_of(
+    model: Any, options: LoadOptions, dtype: str | None, rules: Sequence[KeyRule] = ()
+) -> LoadPolicy:
     """Return the planner's view of a model class and a call.
 
     Args:
         model: A model, with or without memory.
         options: The call's wishes.
         dtype: Name of the dtype to load as; None keeps each tensor's own.
+        rules: Further key rules, for these files.
     """
     return LoadPolicy(
         dtype=dtype,
@@ -266,7 +281,7 @@ def policy_of(model: Any, options: LoadOptions, dtype: str | None) -> LoadPolicy
         silent_missing=tuple(model._keys_to_ignore_on_load_missing or ()),
         silent_unexpected=tuple(model._keys_to_ignore_on_load_unexpected or ()),
         key_mapping=options.key_mapping,
-        rules=tuple(model.key_rules),
+        rules=(*model.key_rules, *rules),
         base_prefix=model.base_model_prefix,
         allow_missing=options.allow_missing,
         packed=packed_keys(model),
@@ -361,9 +376,14 @@ def execute_placed(
         )
     quantizer.check_homes(homes.device_map.values())
     buffers, store = buffers_of(model), DiskWeights()
-    placed = on_disk(plan, homes, buffers, store, read, options.offload_folder)
+    folder = options.offload_folder
+    new = check_new(plan, homes, buffers, folder)
+    placed = on_disk(plan, homes, buffers, store, read, folder, quantizer, quantized)
     reader = placed_reader(quantized, homes, buffers, store)
-    execute(model, placed, homes, reader, options.progress, files=files, dtype=dtype)
+    usual = dtype or _usual_dtype(plan)
+    execute(model, placed, homes, reader, options.progress, files=files, dtype=usual)
+    if new and folder is not None:
+        write_new(model, new, store, folder)
     attach(model, homes, store, skip_keys=getattr(model, "_skip_keys_device_placement", None) or ())
     model.hf_device_map = dict(homes.device_map)
     return plan
