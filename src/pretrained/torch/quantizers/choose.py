@@ -3,7 +3,8 @@
 
 A load calls `quantizer_for` once, before it plans. What comes back knows the ways that a quantized model
 comes up, which differ in who makes the integers: this load (`Rounding`), GGML's blocks in a GGUF file
-(`Blocks`), the load before the save (`Restoring`), or another library (`Repacking`).
+(`Blocks`), the load before the save (`Restoring`), another library before (`Repacking`), or another library
+now (`ThroughLibrary`).
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from typing import Any
 
 from pretrained.core.checkpoint import Checkpoint
 from pretrained.core.foreign_quantization import ForeignScheme
+from pretrained.core.library_quantization import BitsAndBytesScheme, TorchAoScheme
 from pretrained.core.options import LoadOptions
-from pretrained.core.quantization import requested_quantization, stored_quantization
+from pretrained.core.quantization import QuantizationConfig, requested_quantization, stored_quantization
 from pretrained.errors import ArgumentError
 from pretrained.torch.quantizers.base import Quantizer
 from pretrained.torch.quantizers.blocks import Blocks
 from pretrained.torch.quantizers.foreign import Repacking
 from pretrained.torch.quantizers.formats import FORMATS
+from pretrained.torch.quantizers.library import ThroughLibrary, maker_for
 from pretrained.torch.quantizers.restoring import Restoring
 from pretrained.torch.quantizers.rounding import Rounding
 
@@ -35,6 +38,7 @@ def quantizer_for(config: Any, checkpoint: Checkpoint, options: LoadOptions, dty
 
     Raises:
         ArgumentError: the call asks for another scheme than the files are in.
+        MissingDependencyError: what is asked for, or in the files, needs a library that is not installed.
         NotYetError: the files were quantized by another library, in a way that is not read.
     """
     wanted = requested_quantization(
@@ -54,6 +58,12 @@ def quantizer_for(config: Any, checkpoint: Checkpoint, options: LoadOptions, dty
             )
         if wanted is not None and wanted.compute_dtype is not None:
             stored = dataclasses.replace(stored, compute_dtype=wanted.compute_dtype)
+        if isinstance(stored, BitsAndBytesScheme) and stored.bits == 4:
+            return maker_for(stored).restoring(
+                dtype,
+                key_mapping=options.key_mapping,
+                is_mapped=options.state_dict is None and not options.disable_mmap,
+            )
         if isinstance(stored, ForeignScheme):
             return Repacking(
                 FORMATS[stored.quant_method](stored),
@@ -65,4 +75,7 @@ def quantizer_for(config: Any, checkpoint: Checkpoint, options: LoadOptions, dty
     if wanted is None:
         return Quantizer(dtype)
     is_mapped = options.state_dict is None and not options.disable_mmap
+    if isinstance(wanted, BitsAndBytesScheme | TorchAoScheme):
+        return ThroughLibrary(maker_for(wanted), dtype, is_mapped=is_mapped)
+    assert isinstance(wanted, QuantizationConfig)
     return (Blocks if wanted.quant_method == "gguf" else Rounding)(wanted, dtype, is_mapped=is_mapped)

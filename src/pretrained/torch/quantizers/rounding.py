@@ -40,7 +40,7 @@ class Rounding(Quantizing):
             if step.key not in schemes:
                 return read(step, device)
             config, transposed = schemes[step.key]
-            stored = _as_stored(step)
+            stored = as_stored(step)
             values = read(stored, torch.device("cpu"))
             packed = quantize(values, config, key=step.key, transposed=transposed)
             if self.is_mapped and stored.is_view:
@@ -51,7 +51,11 @@ class Rounding(Quantizing):
         return plan, read_packed
 
 
-def _as_stored(step: LoadStep) -> LoadStep:
-    """Ask for a view of the file where there can be one, and for float32 otherwise."""
+def as_stored(step: LoadStep) -> LoadStep:
+    """Ask for a view of the file where there can be one, and for float32 otherwise.
+
+    Args:
+        step: Of a weight that is to be quantized.
+    """
     plain = step.source.dtype in DTYPES and DTYPES[step.source.dtype].is_floating
     return dataclasses.replace(step, dtype=step.source.dtype if plain and step.apply is None else "float32")
