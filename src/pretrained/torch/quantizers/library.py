@@ -149,7 +149,12 @@ class ThroughLibrary(Quantizing):
         maker: That library's part.
         dtype: As `Quantizer`.
         is_mapped: As `Quantizing`.
+
+    Attributes:
+        scratch: As `pretrained.torch.quantizers.rounding.Rounding.scratch`.
     """
+
+    scratch: Read | None = None
 
     def __init__(self, maker: Maker, dtype: str | None, *, is_mapped: bool = False) -> None:
         super().__init__(
@@ -176,7 +181,8 @@ class ThroughLibrary(Quantizing):
             if step.key not in transposed:
                 return read(step, device)
             stored = as_stored(step)
-            values = read(stored, torch.device("cpu"))
+            used = read if self.scratch is None or (stored.is_view and self.is_mapped) else self.scratch
+            values = used(stored, torch.device("cpu"))
             weight = values.t() if transposed[step.key] else values
             weight = weight.to(TORCH_DTYPES[step.dtype], memory_format=torch.contiguous_format, copy=True)
             if self.is_mapped and stored.is_view:
