@@ -13,8 +13,8 @@ from typing import ClassVar
 from pretrained.core.integer_form import IntegerForm
 from pretrained.core.library_quantization import BitsAndBytesScheme
 from pretrained.errors import NotYetError
-from pretrained.torch.quantized_ops import Packed
 from pretrained.torch.quantizers.foreign import ForeignFormat, StoredWeight, packed_by_rows
+from pretrained.torch.rounding import Packed
 
 
 class BitsAndBytes8(ForeignFormat[BitsAndBytesScheme]):
