@@ -83,7 +83,8 @@ class Quantizer:
         found = dict(sizes)
         for path, leaf in quantized_leaves(model).items():
             for name, value in leaf.named_parameters():
-                if name != "bias":
+                # Tied weights are listed once, under their owner.
+                if name != "bias" and f"{path}.{name}" in found:
                     found[f"{path}.{name}"] = value.numel() * value.element_size()
         return found
 
