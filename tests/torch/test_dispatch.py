@@ -443,7 +443,7 @@ class Two(nn.Module):
 
 def test_weights_come_for_the_forward_and_go_after():
     # "meta" stands for an accelerator: what arrives there shows in the device, and computes nothing.
-    model = Two()
+    model = Two().eval()
     seen = []
     homes = Homes({"": "cpu"}, torch.device("meta"))
     attach(model, homes, DiskWeights())
