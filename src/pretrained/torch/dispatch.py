@@ -30,6 +30,7 @@ from pretrained.errors import ArgumentError, PlacementError
 from pretrained.torch.accelerator import Runtime, runtime_for
 from pretrained.torch.devices import home_name
 from pretrained.torch.offload import DiskWeights, Span, cannot_copy, files_of
+from pretrained.torch.quantized import IntegerLeaf
 from pretrained.torch.read_ahead import ReadAhead
 from pretrained.torch.ring import Loan, Order, Ring, Source, room_for
 from pretrained.torch.staging import flat
@@ -50,11 +51,13 @@ class Homes:
         main: Where modules run whose weights live on the CPU or on disk.
         offload_buffers: Whether buffers follow the map onto the CPU or disk instead of staying where they are
             used.
+        ties: Alias -> owner: a tied weight lives, and the modules that hold it run, where its owner is.
     """
 
     device_map: Mapping[str, Home]
     main: torch.device
     offload_buffers: bool = False
+    ties: Mapping[str, str] = field(default_factory=dict)
 
     def home(self, key: str, *, is_buffer: bool = False) -> Home:
         """Return the home of a weight.
@@ -63,7 +66,7 @@ class Homes:
             key: Its name in the model.
             is_buffer: Whether it is a buffer.
         """
-        path = covering(key, self.device_map)
+        path = covering(self.ties.get(key, key), self.device_map)
         if path is None:
             # A table that no file holds: a given map need not name it; weights were checked before.
             return CPU if self.main.type == "cpu" else home_name(self.main)
@@ -229,6 +232,9 @@ def leave(model: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> 
         probe = convert(tensor.data.view(-1)[:1])
         if (probe.dtype, probe.device) != (tensor.dtype, tensor.device):
             need += tensor.numel() * probe.element_size()
+    # Quantized layers get a copy in the layout of their kernel.
+    leaves = [module for module in model.modules() if isinstance(module, IntegerLeaf)]
+    need += sum({leaf.weight.data_ptr(): leaf.weight.nbytes for leaf in leaves}.values())
     left = available_host_memory() if device.type == "cpu" else None
     if left is not None and need > left:
         raise PlacementError(
@@ -554,12 +560,18 @@ def _entries(model: nn.Module, homes: Homes) -> Iterator[tuple[nn.Module, torch.
         above = path.rpartition(".")[0]
         if isinstance(module, _CONTAINERS) or covering(path, homes.device_map) is None:
             continue
-        device = homes.execution(path)
+        device = homes.execution(_first_key(path, module))
         parent = model.get_submodule(above) if path else None
         outer = covering(above, homes.device_map) if path else None
-        differs = outer is None or homes.execution(above) != device
+        differs = parent is None or outer is None or homes.execution(_first_key(above, parent)) != device
         if not path or differs or isinstance(parent, _CONTAINERS):
             yield module, device
+
+
+def _first_key(path: str, module: nn.Module) -> str:
+    """Return the key of a module's first own weight, which may be tied elsewhere; its path without one."""
+    name = next((name for name, tensor in module._parameters.items() if tensor is not None), None)
+    return path if name is None else f"{path}.{name}" if path else name
 
 
 def _devices(value: Any) -> Iterator[torch.device]:

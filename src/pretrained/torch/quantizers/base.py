@@ -12,11 +12,14 @@ import torch
 
 from pretrained.core.budgets import DISK
 from pretrained.core.checkpoint import Checkpoint
-from pretrained.core.plan import LoadPlan
+from pretrained.core.keys import KeyRule
+from pretrained.core.plan import LoadPlan, LoadStep
 from pretrained.core.quantization import QuantizationConfig
 from pretrained.core.reader import release_pages
 from pretrained.errors import NotYetError
+from pretrained.torch.offload_folder import Form
 from pretrained.torch.quantize import quantized_leaves, use_kernel_layouts
+from pretrained.torch.quantized import IntegerLeaf
 from pretrained.torch.tensors import TORCH_DTYPES, Read
 
 
@@ -25,6 +28,8 @@ class Quantizer:
 
     Attributes:
         errors: Layers that the load has quantized -> relative error.
+        rules: Key rules for these files, beside the architecture's; known after `prepare`.
+        notes: Sentences for the load report.
 
     Args:
         dtype: What plain weights are loaded as; None keeps each one's own.
@@ -33,6 +38,8 @@ class Quantizer:
     def __init__(self, dtype: str | None = None) -> None:
         self.dtype = dtype
         self.errors: dict[str, float] = {}
+        self.rules: tuple[KeyRule, ...] = ()
+        self.notes: list[str] = []
 
     def view(self, model: Any, checkpoint: Checkpoint) -> Checkpoint:
         """Return the checkpoint as the rest of the load sees it; the first question of all.
@@ -63,6 +70,9 @@ class Quantizer:
 
     is_active = False
 
+    # Whether every weight stays on the device that it is read to. A load says so before `wrap`.
+    is_resident = False
+
     def sizes(self, model: Any, sizes: Mapping[str, int]) -> dict[str, int]:
         """Return the bytes of every weight, those of quantized layers as they are stored.
 
@@ -76,6 +86,14 @@ class Quantizer:
                 if name != "bias":
                     found[f"{path}.{name}"] = value.numel() * value.element_size()
         return found
+
+    def forms(self, steps: Iterable[LoadStep]) -> dict[str, Form]:
+        """Return, of weights that go to disk, those that become more than one tensor there.
+
+        Args:
+            steps: What is placed on disk.
+        """
+        return {}
 
     def check_homes(self, homes: Iterable[Any]) -> None:
         """Refuse a placement that the weights cannot have.
@@ -129,6 +147,22 @@ class Quantizing(Quantizer):
     def torch_dtype(self) -> torch.dtype:
         """Dtype that stands for the weights in layers that are quantized."""
         return TORCH_DTYPES[self.dtype or "float32"]
+
+
+def copy_form(path: str, leaf: IntegerLeaf) -> Form:
+    """Return what a copy of a weight on disk consists of.
+
+    Args:
+        path: The layer's.
+        leaf: The layer.
+    """
+    form, tensors = leaf.form, leaf.form.tensors(leaf.shape)
+    facts = (form.group_size, form.zero, form.scale_dtype, form.is_ordered)
+    return Form(
+        # The number tells the copies of another way of rounding apart: it goes up when `quantize` changes.
+        f"{form.method} {' '.join(map(str, facts))} v1",
+        {f"{path}.{name}": (dtype, shape) for name, (shape, dtype) in tensors.items()},
+    )
 
 
 def let_go(view: torch.Tensor) -> None:

@@ -38,8 +38,9 @@ from pretrained.errors import NotYetError, WeightsError
 from pretrained.torch.nn import Conv1D
 from pretrained.torch.quantize import dense_shape, integer_leaf, put, quantized_leaves
 from pretrained.torch.quantized import IntegerLeaf
-from pretrained.torch.quantized_ops import CHUNK, Packed, pack_nibbles
+from pretrained.torch.quantized_ops import CHUNK, pack_nibbles
 from pretrained.torch.quantizers.base import Quantizing, let_go
+from pretrained.torch.rounding import Packed
 from pretrained.torch.tensors import TORCH_DTYPES, Read
 
 Scheme = TypeVar("Scheme", bound=ForeignScheme)
