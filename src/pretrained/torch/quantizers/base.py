@@ -130,7 +130,7 @@ class Quantizing(Quantizer):
         """Refuse the disk: what lies there are the checkpoint's own files, and this load makes others."""
         if DISK in homes:
             raise NotYetError(
-                "Weights that this load quantizes or repacks cannot be placed on disk yet",
+                "Weights that this load repacks from another library's form cannot be placed on disk yet",
                 where="quantization_config, device_map",
                 mend="Load without 'disk', save_pretrained, and load that folder with the device_map.",
             )
