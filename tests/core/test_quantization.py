@@ -102,9 +102,9 @@ def test_the_dictionary_comes_back():
     assert stored_quantization(None) is None
 
 
-@pytest.mark.parametrize("value", [{"quant_method": "awq"}, {"quant_method": "fp8"}, {"load_in_4bit": True}])
+@pytest.mark.parametrize("value", [{"quant_method": "hqq"}, {"quant_method": "fp8"}, {"load_in_4bit": True}])
 def test_checkpoints_of_other_libraries(value):
-    with pytest.raises(NotYetError, match=r"weights are quantized \((awq|fp8|bitsandbytes)\).*unquantized"):
+    with pytest.raises(NotYetError, match=r"weights are quantized \((hqq|fp8|bitsandbytes)\).*unquantized"):
         stored_quantization(value)
 
 

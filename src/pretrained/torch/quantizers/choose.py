@@ -37,11 +37,15 @@ def quantizer_for(config: Any, checkpoint: Checkpoint, options: LoadOptions, dty
         ArgumentError: the call asks for another scheme than the files are in.
         NotYetError: the files were quantized by another library, in a way that is not read.
     """
-    wanted = requested_quantization(
-        options.quantization_config, load_in_8bit=options.load_in_8bit, load_in_4bit=options.load_in_4bit
-    )
     stored = stored_quantization(
         getattr(config, "quantization_config", None), where=config.name_or_path or "config"
+    )
+    is_mapped = options.state_dict is None and not options.disable_mmap
+    wish = options.quantization_config
+    if isinstance(stored, ForeignScheme) and checkpoint.format != "none":
+        stored, wish = stored.with_wish(wish)
+    wanted = requested_quantization(
+        wish, load_in_8bit=options.load_in_8bit, load_in_4bit=options.load_in_4bit
     )
     if stored is not None and checkpoint.format != "none":
         if wanted is not None and wanted.quant_method != stored.quant_method:
@@ -59,10 +63,9 @@ def quantizer_for(config: Any, checkpoint: Checkpoint, options: LoadOptions, dty
                 FORMATS[stored.quant_method](stored),
                 dtype,
                 key_mapping=options.key_mapping,
-                is_mapped=options.state_dict is None and not options.disable_mmap,
+                is_mapped=is_mapped,
             )
         return Restoring(stored, dtype)
     if wanted is None:
         return Quantizer(dtype)
-    is_mapped = options.state_dict is None and not options.disable_mmap
     return (Blocks if wanted.quant_method == "gguf" else Rounding)(wanted, dtype, is_mapped=is_mapped)

@@ -6,6 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from pretrained.torch.quantizers.awq import Awq
 from pretrained.torch.quantizers.foreign import ForeignFormat
+from pretrained.torch.quantizers.gptq import Gptq
 
-FORMATS: Final[Mapping[str, type[ForeignFormat[Any]]]] = {}
+FORMATS: Final[Mapping[str, type[ForeignFormat[Any]]]] = {
+    "awq": Awq,
+    "gptq": Gptq,
+}
