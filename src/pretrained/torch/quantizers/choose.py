@@ -22,6 +22,7 @@ from pretrained.torch.quantizers.foreign import Repacking
 from pretrained.torch.quantizers.formats import FORMATS
 from pretrained.torch.quantizers.restoring import Restoring
 from pretrained.torch.quantizers.rounding import Rounding
+from pretrained.torch.tensors import mapped_reader
 
 
 def quantizer_for(config: Any, checkpoint: Checkpoint, options: LoadOptions, dtype: str | None) -> Quantizer:
@@ -68,4 +69,9 @@ def quantizer_for(config: Any, checkpoint: Checkpoint, options: LoadOptions, dty
         return Restoring(stored, dtype)
     if wanted is None:
         return Quantizer(dtype)
-    return (Blocks if wanted.quant_method == "gguf" else Rounding)(wanted, dtype, is_mapped=is_mapped)
+    if wanted.quant_method == "gguf":
+        return Blocks(wanted, dtype, is_mapped=is_mapped)
+    rounding = Rounding(wanted, dtype, is_mapped=is_mapped)
+    if options.state_dict is None:
+        rounding.scratch = mapped_reader(copy_all=options.disable_mmap, scratch=True)
+    return rounding

@@ -76,8 +76,11 @@ class Gptq(ForeignFormat[GptqScheme]):
         def integers(part: slice) -> torch.Tensor:
             values = unpack_words(words[:, part], layer.bits)
             values = (values if order is None else values[order]).t().contiguous()
-            return (values ^ 128).view(torch.int8) if form.bits == 8 else values
+            return (values ^ 128).view(torch.int8) if form.bits == 8 else values + _shift(layer.bits)
 
+        if form.bits == 4 and layer.bits < 4:
+            # In the middle of 16 values, where the kernel's rounded offsets are small.
+            zeros = zeros + _shift(layer.bits)
         points = None
         if form.zero is not None:
             points = (zeros ^ 128).view(torch.int8) if form.bits == 8 else zeros
@@ -136,6 +139,11 @@ def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
             values = (values & (2 ** (32 - shift) - 1)) | (rows[:, word + 1] << (32 - shift))
         result[:, index] = values & mask
     return result.view(-1, words.shape[1])
+
+
+def _shift(bits: int) -> int:
+    """Return what is added to integers of fewer than 4 bits and to their zero points."""
+    return 8 - 2 ** (bits - 1) if bits < 4 else 0
 
 
 def _turned(words: torch.Tensor) -> torch.Tensor:

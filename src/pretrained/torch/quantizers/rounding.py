@@ -19,7 +19,14 @@ from pretrained.torch.tensors import TORCH_DTYPES, Read
 
 
 class Rounding(Quantizing):
-    """Quantizes each weight when it is read, a piece at a time, straight from the mapped file."""
+    """Quantizes each weight when it is read, a piece at a time, straight from the mapped file.
+
+    Attributes:
+        scratch: Reads weights that are decoded first and dropped then, into memory that they share with no
+            weight that stays; None where weights are in no file.
+    """
+
+    scratch: Read | None = None
 
     def wrap(self, model: Any, plan: LoadPlan, read: Read) -> tuple[LoadPlan, Read]:
         """Put leaves in, and read their weights as `Packed`."""
@@ -41,7 +48,8 @@ class Rounding(Quantizing):
                 return read(step, device)
             config, transposed = schemes[step.key]
             stored = _as_stored(step)
-            values = read(stored, torch.device("cpu"))
+            used = read if self.scratch is None or (stored.is_view and self.is_mapped) else self.scratch
+            values = used(stored, torch.device("cpu"))
             packed = quantize(values, config, key=step.key, transposed=transposed)
             if self.is_mapped and stored.is_view:
                 let_go(values)
