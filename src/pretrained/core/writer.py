@@ -39,7 +39,9 @@ __all__ = [
     "TensorSource",
     "parse_size",
     "plan_shards",
+    "safetensors_layout",
     "write_checkpoint",
+    "write_tensor",
     "write_text_atomically",
 ]
 
@@ -286,22 +288,48 @@ def _flush(file: Path) -> None:
 
 
 def _write_file(opened: BinaryIO, tensors: Mapping[str, TensorSource], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file: wide element types first, so that all are aligned, then by name."""
+    head, starts = safetensors_layout(tensors, metadata)
+    opened.write(head)
+    for key in starts:
+        write_tensor(opened, key, tensors[key])
+
+
+def safetensors_layout(
+    tensors: Mapping[str, TensorSource], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """Return the head of a safetensors file, and where in the file each tensor begins, in file order.
+
+    Wide element types come first, so that all are aligned, then names.
+
+    Args:
+        tensors: What the file is to hold; only dtypes and shapes are looked at.
+        metadata: The header's string pairs.
+    """
     order = sorted(tensors, key=lambda key: (-DTYPES[tensors[key].dtype].itemsize, key))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
+    begins, end = {}, 0
     for key in order:
         tensor, dtype = tensors[key], DTYPES[tensors[key].dtype]
-        begin, end = end, end + prod(tensor.shape) * dtype.itemsize
-        header[key] = {"dtype": dtype.safetensors, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begins[key], end = end, end + prod(tensor.shape) * dtype.itemsize
+        offsets = [begins[key], end]
+        header[key] = {"dtype": dtype.safetensors, "shape": list(tensor.shape), "data_offsets": offsets}
     raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     raw += b" " * (-len(raw) % 8)
-    opened.write(len(raw).to_bytes(8, "little") + raw)
-    for key in order:
-        _write_tensor(opened, key, tensors[key])
+    head = len(raw).to_bytes(8, "little") + raw
+    return head, {key: len(head) + begin for key, begin in begins.items()}
 
 
-def _write_tensor(opened: BinaryIO, key: str, tensor: TensorSource) -> None:
+def write_tensor(opened: BinaryIO, key: str, tensor: TensorSource) -> None:
+    """Write the bytes of one tensor where the file stands.
+
+    Args:
+        opened: The file.
+        key: The tensor's name, for the error.
+        tensor: The tensor.
+
+    Raises:
+        ArgumentError: its bytes do not fit its shape.
+    """
     expected = prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
     raw = memoryview(tensor.read())
     if raw.nbytes != expected:

@@ -50,7 +50,16 @@ from pretrained.torch.load_sources import (
     read_model_config,
 )
 from pretrained.torch.offload import DiskWeights
-from pretrained.torch.place import blocks_of, is_one_device, on_disk, place, placed_reader, sizes_of
+from pretrained.torch.place import (
+    blocks_of,
+    check_new,
+    is_one_device,
+    on_disk,
+    place,
+    placed_reader,
+    sizes_of,
+    write_new,
+)
 from pretrained.torch.quantize import all_ties, packed_keys
 from pretrained.torch.quantized import IntegerLeaf
 from pretrained.torch.quantized_ops import Packed
@@ -356,9 +365,14 @@ def execute_placed(
         )
     quantizer.check_homes(homes.device_map.values())
     buffers, store = buffers_of(model), DiskWeights()
-    placed = on_disk(plan, homes, buffers, store, read, options.offload_folder)
+    folder = options.offload_folder
+    new = check_new(plan, homes, buffers, folder)
+    placed = on_disk(plan, homes, buffers, store, read, folder, quantizer, quantized)
     reader = placed_reader(quantized, homes, buffers, store)
-    execute(model, placed, homes, reader, options.progress, files=files, dtype=dtype)
+    usual = dtype or _usual_dtype(plan)
+    execute(model, placed, homes, reader, options.progress, files=files, dtype=usual)
+    if new and folder is not None:
+        write_new(model, new, store, folder)
     attach(model, homes, store, skip_keys=getattr(model, "_skip_keys_device_placement", None) or ())
     model.hf_device_map = dict(homes.device_map)
     return plan

@@ -17,6 +17,7 @@ from pretrained.errors import ArgumentError
 from pretrained.torch.nn import Conv1D
 from pretrained.torch.quantized import (
     GgufEmbedding,
+    GgufLeaf,
     GgufLinear,
     IntegerLeaf,
     QuantizedEmbedding,
@@ -150,7 +151,7 @@ def integer_leaf(
     return _dressed(leaf, module)
 
 
-def gguf_leaf(module: nn.Module, block_type: str, dtype: torch.dtype) -> QuantizedLeaf:
+def gguf_leaf(module: nn.Module, block_type: str, dtype: torch.dtype) -> GgufLeaf:
     """Return an empty leaf for GGML's blocks, on the meta device; it shares the layer's bias.
 
     Args:
@@ -260,8 +261,13 @@ def use_kernel_layouts(model: nn.Module) -> None:
     """Make resident 4-bit layers ready for this CPU's packed kernel.
 
     Args:
-        model: Any module; layers on other devices, or moved by hooks, stay as they are.
+        model: Any module; layers on other devices stay as they are, and so do those moved by hooks, which
+            are made ready at each call.
     """
     for leaf in quantized_leaves(model).values():
-        if isinstance(leaf, IntegerLeaf) and not leaf._forward_pre_hooks and not leaf.weight.is_meta:
+        if not isinstance(leaf, IntegerLeaf) or leaf.weight.is_meta:
+            continue
+        if leaf._forward_pre_hooks:
+            leaf.lay_out_at_call()
+        else:
             leaf.use_kernel_layout()

@@ -133,6 +133,8 @@ class IntegerLeaf(QuantizedLeaf):
                 self.register_parameter(name, None)
         # Scale and offset side by side, [groups, out, 2], while `weight` is in the kernel's layout.
         self._scales: torch.Tensor | None = None
+        # Whether the weight stays as it is stored, and is laid out for the kernel at each call.
+        self._lays_out_at_call = False
 
     def fill(self, packed: Packed) -> None:
         """Take a quantized weight.
@@ -195,20 +197,53 @@ class IntegerLeaf(QuantizedLeaf):
         Returns:
             Whether the leaf is ready for a packed kernel.
         """
+        self._lays_out_at_call = False
+        if not self._has_kernel():
+            return False
+        if self.form.bits == 8:
+            if not _is_aligned(self.weight):
+                # A view of a file, which packs tensors closely.
+                self.weight.data = self.weight.detach().clone()
+            return True
+        if self._scales is not None:
+            return True
+        weight, scales = self._laid_out()
+        is_shared = scales.shape[0] == self.weight_scale.shape[1] and self._shares_scales()
+        self._parameters["weight"] = _fixed(weight)
+        if is_shared:
+            self._parameters["weight_scale"] = _fixed(scales[..., 0].t())
+            if self.weight_zero is not None:
+                self._parameters["weight_zero"] = _fixed(scales[..., 1].t())
+        self._scales = scales
+        return True
+
+    def lay_out_at_call(self) -> None:
+        """Keep the weight where and as it is, and copy it into the kernel's layout for each call.
+
+        For weights on disk, whose results are then those of resident ones, bit for bit. It takes about as
+        long as the reference does.
+        """
+        self.use_stored_layout()
+        self._lays_out_at_call = True
+
+    def _has_kernel(self) -> bool:
+        """Tell whether this CPU has a packed kernel for the weight's shape and form."""
         if self.weight.device.type != "cpu" or self.form.compute_dtype == "float32":
             return False
         if self.form.bits == 8:
-            if self.weight_scale.dim() != 1:
-                return False
-            if self.shape[1] % _INT8_COLUMNS == 0 and not _is_aligned(self.weight):
-                # A view of a file, which packs tensors closely.
-                self.weight.data = self.weight.detach().clone()
-            return self.shape[1] % _INT8_COLUMNS == 0
+            return self.weight_scale.dim() == 1 and self.shape[1] % _INT8_COLUMNS == 0
+        is_whole = self.shape[0] % _INT4_ROWS == 0 and self._kernel_group() is not None
+        return is_whole and kernel_block() is not None
+
+    def _laid_out(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weight and scales as the packed kernel takes them."""
+        if self.form.bits == 8:
+            weight = self.weight.detach()
+            return weight if _is_aligned(weight) else weight.clone(), self.weight_scale.to(torch.bfloat16)
         if self._scales is not None:
-            return True
+            return self.weight, self._scales
         group = self._kernel_group()
-        if self.shape[0] % _INT4_ROWS or group is None or kernel_block() is None:
-            return False
+        assert group is not None
         # One scale for several of the kernel's groups is repeated.
         times = self.shape[1] // self.weight_scale.shape[1] // group
         scales = torch.zeros(self.shape[1] // group, self.shape[0], 2, dtype=torch.bfloat16)
@@ -220,13 +255,7 @@ class IntegerLeaf(QuantizedLeaf):
             # By the rounded scales: the kernel adds this to products with those, which should cancel.
             points = self._points(slice(None))[..., 0].t().float().neg_()
             scales[..., 1] = points.repeat_interleave(times, 0) * scales[..., 0].float()
-        self._parameters["weight"] = _fixed(to_kernel_layout(self.weight.detach()))
-        if times == 1 and self._shares_scales():
-            self._parameters["weight_scale"] = _fixed(scales[..., 0].t())
-            if self.weight_zero is not None:
-                self._parameters["weight_zero"] = _fixed(scales[..., 1].t())
-        self._scales = scales
-        return True
+        return to_kernel_layout(self.weight.detach()), scales
 
     def _kernel_group(self) -> int | None:
         """Return the largest of the kernel's groups that the leaf's own are made of."""
@@ -330,14 +359,11 @@ class QuantizedLinear(IntegerLeaf, Dense):
         """
         if x.device.type != "cpu" or len(x) > KERNEL_ROWS or self.compute_dtype(x) != torch.bfloat16:
             return None
+        is_ready = self._lays_out_at_call
         if self.form.bits == 8:
-            fits = (
-                self.weight_scale.dim() == 1
-                and self.in_features % _INT8_COLUMNS == 0
-                and _is_aligned(self.weight)
-            )
-            return "int8pack" if fits else None
-        return "int4pack" if self._scales is not None else None
+            is_ready = is_ready or _is_aligned(self.weight)
+            return "int8pack" if is_ready and self._has_kernel() else None
+        return "int4pack" if self._scales is not None or (is_ready and self._has_kernel()) else None
 
     def compute_dtype(self, x: torch.Tensor) -> torch.dtype:
         """Return the dtype that a multiplication with `x` runs in.
@@ -357,14 +383,11 @@ class QuantizedLinear(IntegerLeaf, Dense):
         if kernel is not None and self.weight_order is not None:
             inner = inner[:, self.weight_order]
         if kernel == "int8pack":
-            scale = self.weight_scale.to(torch.bfloat16)
-            result = torch._weight_int8pack_mm(inner.contiguous(), self.weight, scale)
+            result = torch._weight_int8pack_mm(inner.contiguous(), *self._laid_out())
         elif kernel == "int4pack":
-            assert self._scales is not None
-            group = self.in_features // self._scales.shape[0]
-            result = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                inner.contiguous(), self.weight, group, self._scales
-            )
+            weight, scales = self._laid_out()
+            group = self.in_features // scales.shape[0]
+            result = torch.ops.aten._weight_int4pack_mm_for_cpu(inner.contiguous(), weight, group, scales)
         elif self.weight_scale.dim() == 1:
             # Integers up to 127 are exact in every dtype; scaling the result costs less than the weight.
             result = torch.cat(
@@ -419,6 +442,10 @@ class QuantizedEmbedding(IntegerLeaf):
 class GgufLeaf(QuantizedLeaf):
     """Rows of GGML's blocks, as they lie in the file; usually a view of the mapped file itself.
 
+    Llama's converter stores the rows of two projections in another order than the model has them. `weight`
+    then keeps the file's order, so that it can stay the file's own pages; rows are put in order when they are
+    decoded, and in state dicts.
+
     Args:
         shape: (out, in).
         block_type: GGML's name.
@@ -430,13 +457,39 @@ class GgufLeaf(QuantizedLeaf):
     def __init__(self, shape: tuple[int, int], block_type: str, dtype: torch.dtype) -> None:
         super().__init__(shape, block_type, dtype)
         self._fixed("weight", (shape[0], row_bytes(block_type, shape[1])), torch.uint8)
+        # Where in `weight` each row of the model lies; None where all are in order.
+        self._order: torch.Tensor | None = None
 
     def rows(self, part: Any, dtype: torch.dtype) -> torch.Tensor:
         """Return rows of the weight, decoded as GGML does."""
-        if isinstance(part, torch.Tensor):
-            flat = self.weight[part.reshape(-1)]
-            return dequantize_blocks(flat, self.scheme, self.shape[1]).to(dtype).view(*part.shape, -1)
-        return dequantize_blocks(self.weight[part], self.scheme, self.shape[1]).to(dtype)
+        where = part.reshape(-1) if isinstance(part, torch.Tensor) else part
+        if self._order is not None:
+            where = self._order[where]
+        values = dequantize_blocks(self.weight[where], self.scheme, self.shape[1]).to(dtype)
+        return values.view(*part.shape, -1) if isinstance(part, torch.Tensor) else values
+
+    def lies_in_order(self, order: torch.Tensor) -> None:
+        """Note that the rows of `weight` lie in another order than the model's.
+
+        Args:
+            order: int64 [out], for each of the model's rows where it lies.
+        """
+        self._order = order
+
+    def use_stored_layout(self) -> None:
+        """Put the rows in order, in memory of their own where they are not."""
+        if self._order is not None:
+            self.weight = _fixed(self.weight.detach()[self._order])
+            self._order = None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._order is not None:
+            destination[f"{prefix}weight"] = self.weight.detach()[self._order]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.use_stored_layout()
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 class GgufLinear(GgufLeaf, Dense):

@@ -57,6 +57,17 @@ class Packed:
         order = None if self.order is None else self.order.to(device)
         return Packed(self.weight.to(device), self.scale.to(device), zero, self.error, order)
 
+    def part(self, name: str) -> torch.Tensor:
+        """Return one of its tensors by the name it has in a layer.
+
+        Args:
+            name: ``"weight"``, ``"weight_scale"``, ``"weight_zero"`` or ``"weight_order"``.
+        """
+        names = {"weight_scale": self.scale, "weight_zero": self.zero, "weight_order": self.order}
+        tensor = self.weight if name == "weight" else names[name]
+        assert tensor is not None
+        return tensor
+
 
 def quantize(
     weight: torch.Tensor, config: QuantizationConfig, *, key: str = "weight", transposed: bool = False
