@@ -73,6 +73,7 @@ def test_the_config_object_of_bitsandbytes():
         ({"quant_method": "int4", "group_size": 48}, ArgumentError, "groups of this size.*32, 64 or 128.*48"),
         ({"quant_method": "int8", "group_size": 32}, ArgumentError, "group_size means nothing for 'int8'"),
         ({"quant_method": "int8", "symmetric": False}, ArgumentError, "symmetric means nothing for 'int8'"),
+        ({"quant_method": "int4", "read_from": "gptq"}, ArgumentError, "read_from is written by a save"),
         ({"quant_method": "gguf", "skip_modules": ["a"]}, ArgumentError, "skip_modules means nothing"),
         ({"quant_method": "int4", "block_types": {"a": "q8_0"}}, ArgumentError, "block_types means nothing"),
         ({"quant_method": "int4", "symetric": False}, ArgumentError, "Did you mean 'symmetric'"),

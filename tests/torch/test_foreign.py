@@ -14,6 +14,7 @@ from pretrained import (
     BertForMaskedLM,
     LlamaForCausalLM,
     LlamaModel,
+    PlacementError,
     WeightsError,
 )
 from pretrained.errors import NotYetError
@@ -258,11 +259,48 @@ def test_device_maps(method, tmp_path):
     for wish in ({"device_map": "cpu"}, {"device_map": "auto", "max_memory": {"cpu": "100MB"}}):
         placed = LlamaForCausalLM.from_pretrained(tmp_path / "theirs", dtype="auto", **wish)
         assert torch.equal(logits(placed), logits(resident))
-    with pytest.raises(NotYetError, match=r"cannot be placed on disk yet.*save_pretrained"):
-        LlamaForCausalLM.from_pretrained(tmp_path / "theirs", device_map="disk")
     resident.save_pretrained(tmp_path / "ours")
     away = LlamaForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto", device_map="disk")
-    assert distance(logits(away), logits(resident)) < 0.02
+    assert torch.equal(logits(away), logits(resident))
+
+
+@pytest.mark.parametrize("order", [None, "even", "uneven"])
+@pytest.mark.parametrize("wish", [{}, {"dequantize": True}], ids=["packed", "plain"])
+def test_the_disk_takes_a_copy_that_is_found_again(order, wish, tmp_path):
+    written(tmp_path / "q", gptq(desc_act=True), order=order)
+    said = {"dtype": "auto", "quantization_config": {"quant_method": "gptq", **wish}}
+    resident = LlamaForCausalLM.from_pretrained(tmp_path / "q", **said)
+    with pytest.raises(PlacementError, match=r"need a converted copy.*offload_folder"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "q", device_map="disk", **said)
+    files = []
+    for _ in range(2):
+        away = LlamaForCausalLM.from_pretrained(
+            tmp_path / "q", device_map="disk", offload_folder=tmp_path / "off", **said
+        )
+        assert torch.equal(logits(away), logits(resident))
+        assert away.is_quantized == resident.is_quantized
+        files.append({file: file.stat().st_mtime_ns for file in (tmp_path / "off").glob("*.safetensors")})
+    assert len(files[0]) == 1
+    assert files[0] == files[1]
+    # The same bytes by other settings are another copy.
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    other = LlamaForCausalLM.from_pretrained(
+        tmp_path / "q", device_map="disk", offload_folder=tmp_path / "off", **said
+    )
+    assert not torch.equal(logits(other), logits(resident))
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq 8 bits", "awq"])
+def test_dequantizing_while_loading(name, tmp_path):
+    model, known = written(tmp_path, METHODS[name])
+    wish = {"quant_method": METHODS[name][1]["quant_method"], "dequantize": True}
+    ours = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=wish)
+    assert not ours.is_quantized
+    assert torch.equal(logits(ours), expected_logits(model, known))
+    half = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=wish, dtype="bfloat16")
+    assert torch.equal(half.get_submodule(UP).weight, known[UP].to(torch.bfloat16))
 
 
 def test_budgets_are_held_against_the_packed_sizes(tmp_path):
@@ -367,14 +405,11 @@ def test_configs_and_files_that_disagree(tmp_path):
         LlamaForCausalLM.from_pretrained(tmp_path / "plain")
     with pytest.raises(ArgumentError, match=r"quantized already.*expected gptq, found int8"):
         LlamaForCausalLM.from_pretrained(tmp_path / "q", load_in_8bit=True)
-    with pytest.raises(ArgumentError, match=r"says how it is quantized.*found bits.*Leave the argument out"):
-        wish = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(ArgumentError, match=r"another bits.*expected 4, found 8.*files decide"):
+        wish = {"quant_method": "gptq", "bits": 8}
         LlamaForCausalLM.from_pretrained(tmp_path / "q", quantization_config=wish)
     with pytest.raises(ArgumentError, match=r"multiply in bfloat16 or float32.*float16"):
         wish = {"quant_method": "gptq", "compute_dtype": "float16"}
-        LlamaForCausalLM.from_pretrained(tmp_path / "q", quantization_config=wish)
-    with pytest.raises(ArgumentError, match=r"read_from is written by a save"):
-        wish = {"quant_method": "int4", "read_from": "gptq"}
         LlamaForCausalLM.from_pretrained(tmp_path / "q", quantization_config=wish)
 
 

@@ -10,11 +10,10 @@ reads ``quantization_config`` and refuses by name what is not read; the table of
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from pretrained.core.dtypes import floating_dtype_name
-from pretrained.errors import ArgumentError, ConfigError, NotYetError
+from pretrained.errors import ConfigError, NotYetError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,12 +22,9 @@ class ForeignScheme:
 
     Attributes:
         quant_method: Its name in config.json.
-        compute_dtype: As `QuantizationConfig.compute_dtype`; from the call, not from the file.
     """
 
     quant_method: ClassVar[str]
-
-    compute_dtype: str | None = None
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], *, where: str) -> Self:
@@ -43,42 +39,6 @@ class ForeignScheme:
             NotYetError: a variant that is not read.
         """
         raise NotImplementedError
-
-    def with_wish(self, value: Any) -> tuple[Self, Any]:
-        """Take what a call may say of weights that are stored so: `compute_dtype`.
-
-        Args:
-            value: `quantization_config` of the call.
-
-        Returns:
-            The scheme, and what is left of the wish: None, or what asks for another method.
-
-        Raises:
-            ArgumentError: another setting of this method.
-        """
-        values = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
-        method = values.get("quant_method")
-        if getattr(method, "value", method) != self.quant_method:
-            return self, value
-        unknown = [name for name in values if name not in ("quant_method", "compute_dtype")]
-        if unknown:
-            raise ArgumentError(
-                "The checkpoint says how it is quantized",
-                where="quantization_config",
-                expected="nothing, or quant_method and compute_dtype",
-                found=", ".join(map(str, unknown)),
-                mend="Leave the argument out.",
-            )
-        compute = values.get("compute_dtype")
-        name = None if compute is None else floating_dtype_name(str(compute))
-        if name not in ("float32", "bfloat16", None):
-            raise ArgumentError(
-                "Quantized layers multiply in bfloat16 or float32",
-                where="quantization_config.compute_dtype",
-                expected="'bfloat16', 'float32' or None",
-                found=repr(name),
-            )
-        return replace(self, compute_dtype=name), None
 
 
 def whole_number(

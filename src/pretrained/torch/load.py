@@ -12,7 +12,7 @@ import inspect
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from pretrained.core.budgets import DISK, available_host_memory
 from pretrained.core.checkpoint import Checkpoint, TensorInfo
 from pretrained.core.config import PreTrainedConfig
 from pretrained.core.dtypes import DTYPES, floating_dtype_name
+from pretrained.core.keys import KeyRule
 from pretrained.core.options import LoadOptions, unknown_argument
 from pretrained.core.plan import LoadPlan, LoadPolicy, LoadStep, check_depth, plan_load
 from pretrained.core.prefetch import Prefetch
@@ -108,7 +109,7 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     plan = plan_load(
         checkpoint,
         skeleton,
-        policy_of(model, options, dtype),
+        policy_of(model, options, dtype, quantizer.rules),
         layouts=layouts_of(checkpoint),
         source=path,
     )
@@ -135,6 +136,7 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
         dropped=plan.dropped,
         dtypes=plan.dtypes,
         quantized=quantizer.errors,
+        notes=tuple(quantizer.notes),
         nbytes_read=plan.nbytes_to_read,
         load_s=time.perf_counter() - started,
     )
@@ -253,13 +255,16 @@ def skeleton_of(module: nn.Module) -> Skeleton:
     return Skeleton(params, {alias: owner for alias, owner in ties.items() if alias in params}, derived)
 
 
-def policy_of(model: Any, options: LoadOptions, dtype: str | None) -> LoadPolicy:
+def policy_of(
+    model: Any, options: LoadOptions, dtype: str | None, rules: Sequence[KeyRule] = ()
+) -> LoadPolicy:
     """Return the planner's view of a model class and a call.
 
     Args:
         model: A model, with or without memory.
         options: The call's wishes.
         dtype: Name of the dtype to load as; None keeps each tensor's own.
+        rules: Further key rules, for these files.
     """
     return LoadPolicy(
         dtype=dtype,
@@ -270,7 +275,7 @@ def policy_of(model: Any, options: LoadOptions, dtype: str | None) -> LoadPolicy
         silent_missing=tuple(model._keys_to_ignore_on_load_missing or ()),
         silent_unexpected=tuple(model._keys_to_ignore_on_load_unexpected or ()),
         key_mapping=options.key_mapping,
-        rules=tuple(model.key_rules),
+        rules=(*model.key_rules, *rules),
         base_prefix=model.base_model_prefix,
         allow_missing=options.allow_missing,
         packed=packed_keys(model),

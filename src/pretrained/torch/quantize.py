@@ -24,6 +24,7 @@ from pretrained.torch.quantized import (
     QuantizedLeaf,
     QuantizedLinear,
 )
+from pretrained.torch.stored_leaf import StoredLeaf
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +229,11 @@ def all_ties(model: Any) -> dict[str, str]:
             leaf = model.get_submodule(path)
         except AttributeError:
             continue
-        if name == "weight" and isinstance(leaf, IntegerLeaf):
+        if name == "weight" and isinstance(leaf, StoredLeaf):
+            del ties[alias]
+            for part in leaf.form.tensors:
+                ties[f"{alias.removesuffix('weight')}{part}"] = f"{path}.{part}"
+        elif name == "weight" and isinstance(leaf, IntegerLeaf):
             for scale in SCALES:
                 if getattr(leaf, scale, None) is not None:
                     ties[f"{alias.removesuffix('weight')}{scale}"] = f"{path}.{scale}"

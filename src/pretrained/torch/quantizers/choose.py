@@ -3,18 +3,26 @@
 
 A load calls `quantizer_for` once, before it plans. What comes back knows the ways that a quantized model
 comes up, which differ in who makes the integers: this load (`Rounding`), GGML's blocks in a GGUF file
-(`Blocks`), the load before the save (`Restoring`), or another library (`Repacking`).
+(`Blocks`), the load before the save (`Restoring`), or another library, whose numbers are put into forms of
+this one (`Repacking`) or stay as they lie (`Stored`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from pretrained.core.checkpoint import Checkpoint
-from pretrained.core.foreign_quantization import ForeignScheme
 from pretrained.core.options import LoadOptions
-from pretrained.core.quantization import requested_quantization, stored_quantization
+from pretrained.core.quantization import (
+    READ_METHODS,
+    QuantizationConfig,
+    requested_quantization,
+    stored_quantization,
+)
+from pretrained.core.stored_config import METHODS as STORED_METHODS
+from pretrained.core.stored_config import method_of, parse_stored, read_wish
 from pretrained.errors import ArgumentError
 from pretrained.torch.quantizers.base import Quantizer
 from pretrained.torch.quantizers.blocks import Blocks
@@ -22,6 +30,7 @@ from pretrained.torch.quantizers.foreign import Repacking
 from pretrained.torch.quantizers.formats import FORMATS
 from pretrained.torch.quantizers.restoring import Restoring
 from pretrained.torch.quantizers.rounding import Rounding
+from pretrained.torch.quantizers.stored import Stored
 from pretrained.torch.tensors import mapped_reader
 
 
@@ -38,34 +47,20 @@ def quantizer_for(config: Any, checkpoint: Checkpoint, options: LoadOptions, dty
         ArgumentError: the call asks for another scheme than the files are in.
         NotYetError: the files were quantized by another library, in a way that is not read.
     """
-    stored = stored_quantization(
-        getattr(config, "quantization_config", None), where=config.name_or_path or "config"
-    )
-    is_mapped = options.state_dict is None and not options.disable_mmap
-    wish = options.quantization_config
-    if isinstance(stored, ForeignScheme) and checkpoint.format != "none":
-        stored, wish = stored.with_wish(wish)
+    entry = getattr(config, "quantization_config", None)
+    method = method_of(entry)
+    if (method in STORED_METHODS or method in READ_METHODS) and checkpoint.format != "none":
+        return _stored_quantizer(entry, checkpoint, options, dtype, config.name_or_path or "config")
     wanted = requested_quantization(
-        wish, load_in_8bit=options.load_in_8bit, load_in_4bit=options.load_in_4bit
+        options.quantization_config, load_in_8bit=options.load_in_8bit, load_in_4bit=options.load_in_4bit
     )
-    if stored is not None and checkpoint.format != "none":
+    stored = stored_quantization(entry, where=config.name_or_path or "config")
+    is_mapped = options.state_dict is None and not options.disable_mmap
+    if isinstance(stored, QuantizationConfig) and checkpoint.format != "none":
         if wanted is not None and wanted.quant_method != stored.quant_method:
-            raise ArgumentError(
-                "The checkpoint is quantized already",
-                where="quantization_config",
-                expected=stored.quant_method,
-                found=wanted.quant_method,
-                mend="Leave the argument out, or load it, call dequantize(), save it and load that.",
-            )
+            raise _quantized_already(stored.quant_method, wanted.quant_method)
         if wanted is not None and wanted.compute_dtype is not None:
             stored = dataclasses.replace(stored, compute_dtype=wanted.compute_dtype)
-        if isinstance(stored, ForeignScheme):
-            return Repacking(
-                FORMATS[stored.quant_method](stored),
-                dtype,
-                key_mapping=options.key_mapping,
-                is_mapped=is_mapped,
-            )
         return Restoring(stored, dtype)
     if wanted is None:
         return Quantizer(dtype)
@@ -75,3 +70,33 @@ def quantizer_for(config: Any, checkpoint: Checkpoint, options: LoadOptions, dty
     if options.state_dict is None:
         rounding.scratch = mapped_reader(copy_all=options.disable_mmap, scratch=True)
     return rounding
+
+
+def _stored_quantizer(
+    entry: Any, checkpoint: Checkpoint, options: LoadOptions, dtype: str | None, where: str
+) -> Quantizer:
+    """Return what reads a checkpoint of another library."""
+    wanted = options.quantization_config
+    if options.load_in_8bit or options.load_in_4bit:
+        wanted = {"quant_method": "int8" if options.load_in_8bit else "int4"}
+    values = entry if isinstance(entry, Mapping) else entry.to_dict()
+    method = method_of(entry)
+    if wanted is not None and method_of(wanted) != method:
+        raise _quantized_already(method, method_of(wanted))
+    wish = read_wish(wanted, values)
+    is_mapped = options.state_dict is None and not options.disable_mmap
+    if method is not None and method in READ_METHODS:
+        format = FORMATS[method](READ_METHODS[method].parse(values, where=where))
+        return Repacking(format, wish, dtype, key_mapping=options.key_mapping, is_mapped=is_mapped)
+    parsed = parse_stored({**values, "quant_method": method}, where=where)
+    return Stored(parsed, wish, dtype, key_mapping=options.key_mapping, is_mapped=is_mapped)
+
+
+def _quantized_already(stored: object, wanted: object) -> ArgumentError:
+    return ArgumentError(
+        "The checkpoint is quantized already",
+        where="quantization_config",
+        expected=stored,
+        found=wanted,
+        mend="Leave the argument out, or load it, call dequantize(), save it and load that.",
+    )
