@@ -10,10 +10,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,9 +61,10 @@ from pretrained.torch.place import (
 )
 from pretrained.torch.quantize import all_ties, packed_keys
 from pretrained.torch.quantized import IntegerLeaf
-from pretrained.torch.quantized_ops import Packed
 from pretrained.torch.quantizers.base import Quantizer
 from pretrained.torch.quantizers.choose import quantizer_for
+from pretrained.torch.rounding import Packed
+from pretrained.torch.serial_threads import serial_pool
 from pretrained.torch.tensors import TORCH_DTYPES, Read, dtype_name_of, mapped_reader, state_dict_reader
 from pretrained.torch.ties import settle_ties
 
@@ -117,8 +116,10 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     read = None if options.state_dict is None else state_dict_reader(options.state_dict)
     files = MappedFiles() if options.state_dict is None else None
     if device is not None:
+        quantizer.is_resident = True
         plan, read = quantizer.wrap(model, plan, read or mapped_reader(files, copy_all=options.disable_mmap))
-        execute(model, plan, device, read, options.progress, files=files, dtype=dtype)
+        computes = quantizer.is_active
+        execute(model, plan, device, read, options.progress, files=files, dtype=dtype, computes=computes)
     else:
         plan = execute_placed(model, plan, skeleton, read, files, options, dtype, quantizer)
     config.dtype = dtype_name_of(model.dtype)
@@ -291,6 +292,7 @@ def execute(
     *,
     files: MappedFiles | None = None,
     dtype: str | None = None,
+    computes: bool = False,
 ) -> None:
     """Carry a plan out on a model built empty.
 
@@ -302,6 +304,7 @@ def execute(
         progress: As `LoadOptions.progress`.
         files: The maps that `read` reads from, to read ahead of it; None where it reads from none.
         dtype: Dtype of weights that are initialised; None for the one most loaded weights have.
+        computes: Whether reading takes work even where nothing is cast: weights are quantized on the way.
     """
     homes = device if isinstance(device, Homes) else Homes({"": home_name(device)}, device)
     buffers = buffers_of(model)
@@ -312,7 +315,7 @@ def execute(
         return read(step, homes.resting(step.key, is_buffer=step.key in buffers))
 
     with reporting(progress, total, "loading") as report:
-        for step, tensor in _read_all(plan, read_home, ahead):
+        for step, tensor in _read_all(plan, read_home, ahead, computes):
             assign(model, step.key, tensor)
             done += step.source.nbytes
             report(done, total, "loading")
@@ -374,8 +377,8 @@ def execute_placed(
     new = check_new(plan, homes, buffers, folder)
     placed = on_disk(plan, homes, buffers, store, read, folder, quantizer, quantized)
     reader = placed_reader(quantized, homes, buffers, store)
-    usual = dtype or _usual_dtype(plan)
-    execute(model, placed, homes, reader, options.progress, files=files, dtype=usual)
+    usual, computes = dtype or _usual_dtype(plan), quantizer.is_active
+    execute(model, placed, homes, reader, options.progress, files=files, dtype=usual, computes=computes)
     if new and folder is not None:
         write_new(model, new, store, folder)
     attach(model, homes, store, skip_keys=getattr(model, "_skip_keys_device_placement", None) or ())
@@ -393,7 +396,7 @@ def buffers_of(model: nn.Module) -> frozenset[str]:
 
 
 def _read_all(
-    plan: LoadPlan, read: Callable[[LoadStep], torch.Tensor], ahead: Prefetch
+    plan: LoadPlan, read: Callable[[LoadStep], torch.Tensor], ahead: Prefetch, computes: bool
 ) -> Iterator[tuple[LoadStep, torch.Tensor]]:
     """Read every step, in file order; those that compute something side by side."""
 
@@ -404,11 +407,11 @@ def _read_all(
         return tensor
 
     with ahead:
-        if all(step.is_view for step in plan.steps):
+        if not computes and all(step.is_view for step in plan.steps):
             for step in plan.steps:
                 yield step, read_waited(step)
             return
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        with serial_pool() as pool:
             yield from zip(plan.steps, pool.map(read_waited, plan.steps), strict=True)
 
 

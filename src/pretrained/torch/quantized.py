@@ -24,7 +24,6 @@ from pretrained.torch.nn import Conv1D
 from pretrained.torch.quantized_ops import (
     KERNEL_ROWS,
     Dense,
-    Packed,
     QuantizedMatmul,
     dequantize_blocks,
     from_kernel_layout,
@@ -35,6 +34,7 @@ from pretrained.torch.quantized_ops import (
     to_kernel_layout,
     unpack_nibbles,
 )
+from pretrained.torch.rounding import Packed
 from pretrained.torch.tensors import TORCH_DTYPES
 
 # What int8pack reads at a time: with other widths it reads past the end of a row, and at addresses that do
@@ -142,7 +142,7 @@ class IntegerLeaf(QuantizedLeaf):
         Args:
             packed: Of this leaf's shape and scheme.
         """
-        self._scales = None
+        self._scales = packed.kernel_scales
         for name, tensor in (
             ("weight", packed.weight),
             ("weight_scale", packed.scale),
@@ -188,6 +188,13 @@ class IntegerLeaf(QuantizedLeaf):
 
     # -- layouts -------------------------------------------------------------------------------
 
+    def takes_kernel_layout(self) -> bool:
+        """Tell whether a CPU keeps the weight in the layout of its 4-bit kernel."""
+        if self.form.bits != 4 or self.form.compute_dtype == "float32":
+            return False
+        is_whole = self.shape[0] % _INT4_ROWS == 0 and self._kernel_group() is not None
+        return is_whole and kernel_block() is not None
+
     def use_kernel_layout(self) -> bool:
         """Put 4-bit weights into the layout of this CPU's kernel, in place of the stored one.
 
@@ -232,8 +239,7 @@ class IntegerLeaf(QuantizedLeaf):
             return False
         if self.form.bits == 8:
             return self.weight_scale.dim() == 1 and self.shape[1] % _INT8_COLUMNS == 0
-        is_whole = self.shape[0] % _INT4_ROWS == 0 and self._kernel_group() is not None
-        return is_whole and kernel_block() is not None
+        return self.takes_kernel_layout()
 
     def _laid_out(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return weight and scales as the packed kernel takes them."""

@@ -10,8 +10,8 @@ import torch
 from pretrained.core.awq import OUTPUTS, AwqScheme
 from pretrained.core.integer_form import IntegerForm
 from pretrained.errors import WeightsError
-from pretrained.torch.quantized_ops import Packed
 from pretrained.torch.quantizers.foreign import ForeignFormat, StoredWeight, packed_by_rows
+from pretrained.torch.rounding import Packed
 
 _SCALE_DTYPES = ("float16", "bfloat16", "float32")
 

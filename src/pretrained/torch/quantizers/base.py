@@ -70,6 +70,9 @@ class Quantizer:
 
     is_active = False
 
+    # Whether every weight stays on the device that it is read to. A load says so before `wrap`.
+    is_resident = False
+
     def sizes(self, model: Any, sizes: Mapping[str, int]) -> dict[str, int]:
         """Return the bytes of every weight, those of quantized layers as they are stored.
 

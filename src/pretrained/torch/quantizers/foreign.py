@@ -40,8 +40,9 @@ from pretrained.torch.nn import Conv1D
 from pretrained.torch.offload_folder import Form
 from pretrained.torch.quantize import dense_shape, integer_leaf, put, quantized_leaves
 from pretrained.torch.quantized import IntegerLeaf, QuantizedLinear
-from pretrained.torch.quantized_ops import CHUNK, Packed, pack_nibbles, tiles
+from pretrained.torch.quantized_ops import CHUNK, pack_nibbles, tiles
 from pretrained.torch.quantizers.base import Quantizing, copy_form, let_go
+from pretrained.torch.rounding import Packed
 from pretrained.torch.tensors import TORCH_DTYPES, Read
 
 Scheme = TypeVar("Scheme", bound=ForeignScheme)

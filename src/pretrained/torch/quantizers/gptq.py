@@ -10,8 +10,9 @@ import torch
 from pretrained.core.gptq import GptqLayer, GptqScheme
 from pretrained.core.integer_form import IntegerForm
 from pretrained.errors import WeightsError
-from pretrained.torch.quantized_ops import CHUNK, Packed
+from pretrained.torch.quantized_ops import CHUNK
 from pretrained.torch.quantizers.foreign import ForeignFormat, StoredWeight, packed_by_rows
+from pretrained.torch.rounding import Packed
 
 SCALE_DTYPES = ("float16", "bfloat16", "float32")
 
