@@ -22,9 +22,12 @@ class ForeignScheme:
 
     Attributes:
         quant_method: Its name in config.json.
+        compute_dtype: As `QuantizationConfig.compute_dtype`.
     """
 
     quant_method: ClassVar[str]
+
+    compute_dtype: str | None = None
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], *, where: str) -> Self:

@@ -23,8 +23,8 @@ from pretrained.torch.quantized import (
     _apply_dense,
     _fixed,
     _is_aligned,
-    _plain_dense,
     _plain_embedding,
+    plain_dense,
 )
 from pretrained.torch.quantized_ops import (
     KERNEL_ROWS,
@@ -280,7 +280,7 @@ class StoredLinear(StoredLeaf, Dense):
 
     def plain(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return a dense layer with the decoded weight."""
-        return _plain_dense(self, self.bias, False, dtype)
+        return plain_dense(self, self.bias, False, dtype)
 
     # -- layouts -------------------------------------------------------------------------------
 

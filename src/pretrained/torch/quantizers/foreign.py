@@ -34,12 +34,11 @@ from pretrained.core.integer_form import IntegerForm
 from pretrained.core.keys import match_keys
 from pretrained.core.plan import LoadPlan, LoadStep
 from pretrained.core.quantization import QuantizationConfig
-from pretrained.core.stored_config import ReadWish
 from pretrained.errors import NotYetError, WeightsError
 from pretrained.torch.nn import Conv1D
 from pretrained.torch.offload_folder import Form
 from pretrained.torch.quantize import dense_shape, integer_leaf, put, quantized_leaves
-from pretrained.torch.quantized import IntegerLeaf, QuantizedLinear
+from pretrained.torch.quantized import IntegerLeaf, MadeWeight, QuantizedLeaf, QuantizedLinear
 from pretrained.torch.quantized_ops import CHUNK, pack_nibbles, tiles
 from pretrained.torch.quantizers.base import Quantizing, copy_form, let_go
 from pretrained.torch.rounding import Packed
@@ -119,7 +118,27 @@ class ForeignFormat(Generic[Scheme]):
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
 
-    def form(self, weight: StoredWeight) -> IntegerForm | None:
+    def split(self, key: str) -> tuple[str, str]:
+        """Return the module's path in the files and the part's name.
+
+        Args:
+            key: Of any tensor in the files.
+        """
+        path, _, name = key.rpartition(".")
+        return path, name
+
+    def leaf(self, module: nn.Module, form: Any, dtype: torch.dtype) -> QuantizedLeaf:
+        """Return an empty layer for a weight that is not plain, on the meta device.
+
+        Args:
+            module: What stands there.
+            form: What `form` returned.
+            dtype: What a plain weight would be loaded as.
+        """
+        form = dataclasses.replace(form, compute_dtype=self.scheme.compute_dtype)
+        return integer_leaf(module, form, dtype)
+
+    def form(self, weight: StoredWeight) -> Any:
         """Check a weight's headers, and return the form it gets; None for a plain weight.
 
         Called for every weight before any is put together. It may read small parts (an order).
@@ -133,7 +152,7 @@ class ForeignFormat(Generic[Scheme]):
         """
         raise NotImplementedError
 
-    def put_together(self, weight: StoredWeight, form: IntegerForm | None) -> Packed | torch.Tensor:
+    def put_together(self, weight: StoredWeight, form: Any) -> Packed | MadeWeight | torch.Tensor:
         """Return the weight.
 
         Threads call it side by side. Temporaries stay small where they can: see `packed_by_rows`. Nothing
@@ -144,7 +163,8 @@ class ForeignFormat(Generic[Scheme]):
             form: What `form` returned.
 
         Returns:
-            A `Packed` of that form, or a floating [out, in] tensor where it is None; the load casts it.
+            A `Packed` of that form, or what else `leaf` made a layer for; a floating [out, in] tensor where
+            it is None, which the load casts.
 
         Raises:
             WeightsError: numbers that cannot be.
@@ -157,29 +177,29 @@ class Repacking(Quantizing):
 
     Args:
         format: That library's way.
-        wish: What the call asks.
         dtype: As `Quantizer`.
+        dequantize: Make plain weights of all.
         key_mapping: The user's ``{regex: replacement}`` for names in the files.
         is_mapped: As `Quantizing`.
     """
 
+    dequantize = False
+
     def __init__(
         self,
         format: ForeignFormat[Any],
-        wish: ReadWish,
         dtype: str | None,
         *,
+        dequantize: bool = False,
         key_mapping: Mapping[str, str] | None = None,
         is_mapped: bool = False,
     ) -> None:
         scheme = format.scheme
         summary = QuantizationConfig(
-            quant_method="int4", read_from=scheme.quant_method, compute_dtype=wish.compute_dtype
+            quant_method="int4", read_from=scheme.quant_method, compute_dtype=scheme.compute_dtype
         )
         super().__init__(summary, dtype, is_mapped=is_mapped)
-        self.format, self.wish, self.key_mapping = format, wish, key_mapping
-        # Weights placed on disk -> what a copy consists of.
-        self._forms: dict[str, Form] = {}
+        self.format, self.dequantize, self.key_mapping = format, dequantize, key_mapping
         # Key that stands for a weight -> (module's name in the files, its parts).
         self.stored: dict[str, tuple[str, dict[str, TensorInfo]]] = {}
 
@@ -187,7 +207,7 @@ class Repacking(Quantizing):
         """Return the checkpoint with one tensor for each quantized weight, in place of its parts."""
         groups: dict[str, dict[str, TensorInfo]] = {}
         for key, info in checkpoint.tensors.items():
-            path, _, name = key.rpartition(".")
+            path, name = self.format.split(key)
             if name in self.format.parts:
                 groups.setdefault(path, {})[name] = info
         groups = {p: parts for p, parts in groups.items() if all(s in parts for s in self.format.sign)}
@@ -211,7 +231,7 @@ class Repacking(Quantizing):
         taken = {f"{path}.{name}" for path, parts in groups.items() for name in parts}
         tensors: dict[str, TensorInfo] = {}
         for key, info in checkpoint.tensors.items():
-            path, _, name = key.rpartition(".")
+            path, name = self.format.split(key)
             if key not in taken:
                 tensors[key] = info
             elif name == self.format.sign[0]:
@@ -233,6 +253,8 @@ class Repacking(Quantizing):
     def wrap(self, model: Any, plan: LoadPlan, read: Read) -> tuple[LoadPlan, Read]:
         """Put leaves in, and read their weights by their parts."""
         self._check_users(model, plan)
+        # Weights -> what a copy on disk consists of.
+        self._forms: dict[str, Form] = {}
         weights: dict[str, tuple[StoredWeight, IntegerForm | None, bool]] = {}
         for step in plan.steps:
             if step.source.dtype != self.format.scheme.quant_method:
@@ -242,14 +264,14 @@ class Repacking(Quantizing):
             weight = self._weight(step, dense_shape(module), read)
             form = self.format.form(weight)
             weights[step.key] = (weight, form, isinstance(module, Conv1D))
-            if form is None or self.wish.dequantize:
+            if form is None or self.dequantize:
                 plain = Form("plain", {step.key: (step.dtype, tuple(module.weight.shape))})
                 self._forms[step.key] = self._made_by_format(plain)
                 continue
-            form = dataclasses.replace(form, compute_dtype=self.config.compute_dtype)
-            leaf = integer_leaf(module, form, TORCH_DTYPES[step.dtype])
+            leaf = self.format.leaf(module, form, TORCH_DTYPES[step.dtype])
             put(model, path, leaf)
-            self._forms[step.key] = self._made_by_format(copy_form(path, leaf))
+            if isinstance(leaf, IntegerLeaf):
+                self._forms[step.key] = self._made_by_format(copy_form(path, leaf))
 
         def read_parts(step: LoadStep, device: torch.device) -> Any:
             if step.key not in weights:
@@ -268,11 +290,10 @@ class Repacking(Quantizing):
                 for part in held:
                     let_go(part)
             dtype = TORCH_DTYPES[step.dtype]
-            if isinstance(result, Packed):
-                if not self.wish.dequantize:
-                    return result.to(device)
-                assert form is not None
+            if isinstance(result, Packed) and self.dequantize and form is not None:
                 result = _plain(result, weight.shape, form, dtype)
+            if isinstance(result, Packed | MadeWeight):
+                return result.to(device)
             matrix = result.to(dtype)
             return (matrix.t().contiguous() if transposed else matrix).to(device)
 
@@ -280,7 +301,8 @@ class Repacking(Quantizing):
 
     def _made_by_format(self, form: Form) -> Form:
         """Tell copies apart that other settings made from the same bytes."""
-        return dataclasses.replace(form, scheme=f"{form.scheme} of {self.format.scheme!r}")
+        scheme = dataclasses.replace(self.format.scheme, compute_dtype=None)
+        return dataclasses.replace(form, scheme=f"{form.scheme} of {scheme!r}")
 
     def forms(self, steps: Iterable[LoadStep]) -> dict[str, Form]:
         """Return what the weights that are put together consist of."""
