@@ -22,6 +22,7 @@ from pretrained.core.budgets import DISK, available_host_memory
 from pretrained.core.checkpoint import Checkpoint, TensorInfo
 from pretrained.core.config import PreTrainedConfig
 from pretrained.core.dtypes import DTYPES, floating_dtype_name
+from pretrained.core.file_state import FilesInUse
 from pretrained.core.keys import KeyRule
 from pretrained.core.options import LoadOptions, unknown_argument
 from pretrained.core.plan import LoadPlan, LoadPolicy, LoadStep, check_depth, plan_load
@@ -48,6 +49,7 @@ from pretrained.torch.load_sources import (
     read_generation_config,
     read_model_config,
 )
+from pretrained.torch.mapped_mixin import files_in_use
 from pretrained.torch.offload import DiskWeights
 from pretrained.torch.place import (
     blocks_of,
@@ -94,6 +96,7 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     check_generation_config(options.generation_config)
     source = find_source(path, options)
     checkpoint = open_weights(source, options)
+    states = checkpoint.states
     config, kwargs = read_model_config(cls, source, checkpoint, options, kwargs)
     check_depth(config, checkpoint, path)
     dtype = resolve_dtype(options.dtype, config, checkpoint)
@@ -114,7 +117,7 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     )
     model.generation_config = read_generation_config(model, source, options)
     read = None if options.state_dict is None else state_dict_reader(options.state_dict)
-    files = MappedFiles() if options.state_dict is None else None
+    files = MappedFiles(states) if options.state_dict is None else None
     if device is not None:
         quantizer.is_resident = True
         plan, read = quantizer.wrap(model, plan, read or mapped_reader(files, copy_all=options.disable_mmap))
@@ -122,8 +125,11 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
         execute(model, plan, device, read, options.progress, files=files, dtype=dtype, computes=computes)
     else:
         plan = execute_placed(model, plan, skeleton, read, files, options, dtype, quantizer)
+    # What was changed while it was read is not trusted, wherever its weights went.
+    FilesInUse(states).check("while it was being loaded")
     config.dtype = dtype_name_of(model.dtype)
     model._checkpoint_names = dict(plan.renamed)
+    model._files_in_use = None if files is None or options.disable_mmap else files_in_use(model, plan, files)
     quantizer.finish(model)
     model.eval()
     if options.device_map is not None and device is not None:
