@@ -296,8 +296,9 @@ class IntegerLeaf(QuantizedLeaf):
             assert self.weight_zero is not None
             scales[..., 1] = self.weight_zero.t().repeat_interleave(times, 0)
         elif self.form.zero == "point":
-            offsets = self._points(slice(None))[..., 0].float().neg_() * self.weight_scale
-            scales[..., 1] = offsets.t().repeat_interleave(times, 0)
+            # By the rounded scales: the kernel adds this to products with those, which should cancel.
+            points = self._points(slice(None))[..., 0].t().float().neg_()
+            scales[..., 1] = points.repeat_interleave(times, 0) * scales[..., 0].float()
         return to_kernel_layout(self.weight.detach()), scales
 
     def _kernel_group(self) -> int | None:
