@@ -501,7 +501,7 @@ random.seed(1)
 tail = 0
 for _ in range(count):
     child = forked(loads)
-    time.sleep(random.uniform(0, 0.12))
+    time.sleep(random.uniform(0, float(sys.argv[5])))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     tail += any(name.startswith(".tmp-") for name in os.listdir(offload))
@@ -512,7 +512,7 @@ print(json.dumps({"with temporary files": tail}))
 
 @pytest.mark.slow
 def test_a_few_killed_loads(folder, tmp_path):
-    script(KILLS, folder.path, tmp_path / "off", 5, "bfloat16")
+    script(KILLS, folder.path, tmp_path / "off", 5, "bfloat16", 0.1)
 
 
 @pytest.mark.long
@@ -521,7 +521,7 @@ def test_many_killed_loads(tmp_path):
     folder = Folder(
         tmp_path / "model", tiny_llama(hidden_size=256, intermediate_size=1024, num_hidden_layers=6)
     )
-    done = script(KILLS, folder.path, tmp_path / "off", 150, "bfloat16,float16")
+    done = script(KILLS, folder.path, tmp_path / "off", 120, "bfloat16,float16", 0.5)
     assert json.loads(done.stdout)["with temporary files"] > 3
 
 

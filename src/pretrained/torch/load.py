@@ -62,7 +62,7 @@ from pretrained.torch.place import (
     write_new,
 )
 from pretrained.torch.quantize import all_ties, packed_keys
-from pretrained.torch.quantized import IntegerLeaf
+from pretrained.torch.quantized import IntegerLeaf, MadeWeight
 from pretrained.torch.quantizers.base import Quantizer
 from pretrained.torch.quantizers.choose import quantizer_for
 from pretrained.torch.rounding import Packed
@@ -430,7 +430,7 @@ def _to_read(plan: LoadPlan, homes: Homes, buffers: frozenset[str]) -> list[Tens
     return [step.source for step in steps if fits or not step.is_view]
 
 
-def assign(model: nn.Module, key: str, tensor: torch.Tensor | Packed) -> None:
+def assign(model: nn.Module, key: str, tensor: torch.Tensor | Packed | MadeWeight) -> None:
     """Put a tensor where a key says, keeping whether it is trained.
 
     Args:
@@ -441,7 +441,9 @@ def assign(model: nn.Module, key: str, tensor: torch.Tensor | Packed) -> None:
     path, _, name = key.rpartition(".")
     module = model.get_submodule(path)
     old = module._parameters.get(name)
-    if isinstance(tensor, Packed):
+    if isinstance(tensor, MadeWeight):
+        module._parameters[name] = tensor.parameter
+    elif isinstance(tensor, Packed):
         assert isinstance(module, IntegerLeaf)
         module.fill(tensor)
     elif old is not None:

@@ -10,6 +10,7 @@ dequantizes and multiplies.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -46,6 +47,26 @@ _INT4_ROWS = 16
 _INT4_GROUPS = (256, 128, 64, 32)
 
 
+@dataclass(frozen=True, slots=True)
+class MadeWeight:
+    """A quantized weight that a library has made, in a class of its own, ready to stand in its layer.
+
+    Attributes:
+        parameter: The weight.
+    """
+
+    parameter: nn.Parameter
+
+    def to(self, device: torch.device) -> MadeWeight:
+        """Return the weight on a device.
+
+        Args:
+            device: Where to.
+        """
+        here = self.parameter.device == device
+        return self if here else MadeWeight(self.parameter.to(device))  # type: ignore[arg-type]
+
+
 class QuantizedLeaf(nn.Module):
     """What every quantized layer has.
 
@@ -53,12 +74,15 @@ class QuantizedLeaf(nn.Module):
         scheme: ``"int8"``, ``"int4"`` or a GGML type such as ``"q4_1"``.
         shape: (out, in) of a dense layer, (rows, size) of an embedding.
         logical_dtype: What the weight would be loaded as if it were not quantized.
+        is_savable: Whether plain tensors can hold it, and so a file.
 
     Args:
         shape: As the attribute.
         scheme: As the attribute.
         dtype: As `logical_dtype`.
     """
+
+    is_savable = True
 
     def __init__(self, shape: tuple[int, int], scheme: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -68,6 +92,11 @@ class QuantizedLeaf(nn.Module):
     def num_weights(self) -> int:
         """How many numbers the weight holds."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def hidden_nbytes(self) -> int:
+        """Bytes of the weight that no parameter shows."""
+        return 0
 
     def rows(self, part: Any, dtype: torch.dtype) -> torch.Tensor:
         """Return rows of the weight, dequantized.
@@ -258,8 +287,9 @@ class IntegerLeaf(QuantizedLeaf):
             assert self.weight_zero is not None
             scales[..., 1] = self.weight_zero.t().repeat_interleave(times, 0)
         elif self.form.zero == "point":
-            offsets = self._points(slice(None))[..., 0].float().neg_() * self.weight_scale
-            scales[..., 1] = offsets.t().repeat_interleave(times, 0)
+            # By the rounded scales: the kernel adds this to products with those, which should cancel.
+            points = self._points(slice(None))[..., 0].t().float().neg_()
+            scales[..., 1] = points.repeat_interleave(times, 0) * scales[..., 0].float()
         return to_kernel_layout(self.weight.detach()), scales
 
     def _kernel_group(self) -> int | None:
@@ -408,7 +438,7 @@ class QuantizedLinear(IntegerLeaf, Dense):
 
     def plain(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return a dense layer (or `Conv1D`) with the dequantized weight."""
-        return _plain_dense(self, self.bias, self.transposed, dtype)
+        return plain_dense(self, self.bias, self.transposed, dtype)
 
 
 class QuantizedEmbedding(IntegerLeaf):
@@ -533,7 +563,7 @@ class GgufLinear(GgufLeaf, Dense):
 
     def plain(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return a dense layer (or `Conv1D`) with the decoded weight."""
-        return _plain_dense(self, self.bias, self.transposed, dtype)
+        return plain_dense(self, self.bias, self.transposed, dtype)
 
 
 class GgufEmbedding(GgufLeaf):
@@ -590,9 +620,17 @@ def _apply_dense(leaf: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch
     return result if bias is None else result + bias.to(result.dtype)
 
 
-def _plain_dense(
+def plain_dense(
     leaf: Any, bias: torch.Tensor | None, transposed: bool, dtype: torch.dtype | None
 ) -> nn.Module:
+    """Return the dense layer that a leaf stands for, with its weight dequantized.
+
+    Args:
+        leaf: With `in_features` and `out_features`.
+        bias: Its bias.
+        transposed: Whether it stands for a `Conv1D`.
+        dtype: Of the layer; None for the leaf's `logical_dtype`.
+    """
     weight = leaf.dequantized(dtype)
     with no_memory():
         layer: Any = (

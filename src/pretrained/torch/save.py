@@ -21,7 +21,7 @@ from pretrained.errors import ArgumentError, FileError, NotYetError, UnknownArgu
 from pretrained.torch.dispatch import disk_weights_of
 from pretrained.torch.mapped_mixin import check_files
 from pretrained.torch.offload import ReleaseBehind
-from pretrained.torch.quantize import all_ties
+from pretrained.torch.quantize import all_ties, quantized_leaves
 from pretrained.torch.tensors import dtype_name_of
 from pretrained.torch.ties import head_tie
 
@@ -154,6 +154,8 @@ def weights_to_write(
     """
     if state_dict is not None and not isinstance(state_dict, Mapping):
         raise ArgumentError("state_dict is not a dictionary", where="state_dict", found=type(state_dict))
+    if state_dict is None:
+        _refuse_unsavable(model)
     weights = dict(model.state_dict() if state_dict is None else state_dict)
     for key, tensor in weights.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
@@ -170,6 +172,17 @@ def weights_to_write(
         weights.pop(pattern, None)
     renamed = getattr(model, "_checkpoint_names", {}) if original_names else {}
     return {renamed.get(key, key): tensor for key, tensor in weights.items()}
+
+
+def _refuse_unsavable(model: Any) -> None:
+    """Raise where a weight is an object that plain tensors in a file cannot hold."""
+    held = [path for path, leaf in quantized_leaves(model).items() if not leaf.is_savable]
+    if held:
+        raise NotYetError(
+            f"Weights that {model.quantization_method} has quantized cannot be saved",
+            where=f"{held[0]} and {len(held) - 1} more" if len(held) > 1 else held[0],
+            mend="Call dequantize() first, or quantize with quant_method 'int8' or 'int4', which are saved.",
+        )
 
 
 def _folder(path: Any) -> Path:
