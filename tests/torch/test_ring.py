@@ -342,16 +342,33 @@ def test_what_follows_is_on_its_way_before_it_is_asked_for():
     fake = through_ring(model)
     order = [4, 2, 0, 5, 1]
     model(torch.randn(2, 32), order)
-    sent = []
+    start, sent = fake.bytes_sent, []
     for index in order:
-        model.blocks[index][0].register_forward_pre_hook(lambda *_: sent.append(fake.bytes_sent))
+        model.blocks[index][0].register_forward_pre_hook(lambda *_: sent.append(fake.bytes_sent - start))
     model(torch.randn(2, 32), order)
-    before = sent[0]
-    # When the second block begins, its first layer and more have been sent already.
-    needs = [sum(w.nbytes for w in model.blocks[index].parameters()) for index in order]
-    for at in range(1, len(order)):
-        assert sent[at] - before > sum(needs[:at]) - needs[0]
-    assert fake.bytes_sent - before <= sum(needs)
+    sizes = [[weight.nbytes for weight in model.blocks[index].parameters()] for index in order]
+    for at in range(len(order)):
+        # More than what has run and the first layer of this block, which is about to run.
+        assert sent[at] > sum(map(sum, sizes[:at])) + sum(sizes[at][:2])
+    assert fake.bytes_sent - start == sum(map(sum, sizes))
+
+
+@pytest.mark.parametrize("edit", ["data", "counted", "replaced"])
+def test_an_edit_between_forwards_is_seen_though_the_ring_still_holds_the_old_values(edit):
+    model, plain = (Blocks().requires_grad_(False) for _ in range(2))
+    through_ring(model, capacity=10**7)
+    x = torch.randn(2, 32)
+    for _ in range(2):
+        assert torch.equal(model(x, range(6)), plain(x, range(6)))
+        for one in (model, plain):
+            layer = one.blocks[3][0]
+            if edit == "data":
+                layer.weight.data.mul_(2)
+            elif edit == "counted":
+                layer.weight.mul_(2)
+            else:
+                layer.weight = nn.Parameter(layer.weight * 2, requires_grad=False)
+    assert torch.equal(model(x, range(6)), plain(x, range(6)))
 
 
 def test_a_weight_of_several_modules_is_sent_once_where_there_is_room():
