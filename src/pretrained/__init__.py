@@ -48,6 +48,20 @@ _NAMES = {
     "pretrained.torch.model": ("PreTrainedModel",),
     "pretrained.torch.utils_mixin": ("ModuleUtilsMixin",),
     "pretrained.torch.embeddings_mixin": ("EmbeddingAccessMixin",),
+    "pretrained.torch.big_modeling": (
+        "cpu_offload",
+        "disk_offload",
+        "dispatch_model",
+        "init_empty_weights",
+        "load_checkpoint_and_dispatch",
+        "load_checkpoint_in_model",
+    ),
+    "pretrained.torch.device_maps": (
+        "compute_module_sizes",
+        "get_balanced_memory",
+        "get_max_memory",
+        "infer_auto_device_map",
+    ),
     "pretrained.torch.nn": ("Conv1D",),
     "pretrained.torch.attention": ("AttentionInterface",),
     "pretrained.torch.cache": (

@@ -52,6 +52,12 @@ from pretrained.text.encoding import BatchEncoding as BatchEncoding
 from pretrained.text.tokenizer import AutoTokenizer as AutoTokenizer
 from pretrained.text.tokenizer import PreTrainedTokenizer as PreTrainedTokenizer
 from pretrained.torch.attention import AttentionInterface as AttentionInterface
+from pretrained.torch.big_modeling import cpu_offload as cpu_offload
+from pretrained.torch.big_modeling import disk_offload as disk_offload
+from pretrained.torch.big_modeling import dispatch_model as dispatch_model
+from pretrained.torch.big_modeling import init_empty_weights as init_empty_weights
+from pretrained.torch.big_modeling import load_checkpoint_and_dispatch as load_checkpoint_and_dispatch
+from pretrained.torch.big_modeling import load_checkpoint_in_model as load_checkpoint_in_model
 from pretrained.torch.cache import Cache as Cache
 from pretrained.torch.cache import CacheLayer as CacheLayer
 from pretrained.torch.cache import DynamicCache as DynamicCache
@@ -60,6 +66,10 @@ from pretrained.torch.cache import DynamicSlidingLayer as DynamicSlidingLayer
 from pretrained.torch.cache import EncoderDecoderCache as EncoderDecoderCache
 from pretrained.torch.cache import StaticCache as StaticCache
 from pretrained.torch.cache import StaticLayer as StaticLayer
+from pretrained.torch.device_maps import compute_module_sizes as compute_module_sizes
+from pretrained.torch.device_maps import get_balanced_memory as get_balanced_memory
+from pretrained.torch.device_maps import get_max_memory as get_max_memory
+from pretrained.torch.device_maps import infer_auto_device_map as infer_auto_device_map
 from pretrained.torch.embeddings_mixin import EmbeddingAccessMixin as EmbeddingAccessMixin
 from pretrained.torch.generation.logits import EncoderNoRepeatNGramLogitsProcessor as EncoderNoRepeatNGramLogitsProcessor
 from pretrained.torch.generation.logits import EncoderRepetitionPenaltyLogitsProcessor as EncoderRepetitionPenaltyLogitsProcessor

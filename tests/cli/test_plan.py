@@ -2,14 +2,18 @@
 """`pretrained plan`: from a config, a folder with weights and a GGUF file, without a framework."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
+from huggingface_hub import constants
 
 from pretrained import LlamaConfig, LlamaForCausalLM
+from pretrained.cli import placing
 from pretrained.cli.main import main
 from pretrained.core.files import open_checkpoint
 
@@ -47,6 +51,16 @@ def llama(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def llama64(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama64")
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 def run_plan(capsys, *words):
     code = main(["plan", *map(str, words)])
     out, err = capsys.readouterr()
@@ -65,7 +79,10 @@ def test_the_table_from_a_config_alone(capsys, t0pp):
     assert code == 0
     assert "T5ForConditionalGeneration, 11,135,332,352 parameters, bfloat16, balanced" in lines[0]
     assert any(line.startswith("decoder.block.{20..23} cpu 2.1 GB") for line in lines)
-    assert lines[-1] == "to read: 22.3 GB"
+    assert lines[-2:] == [
+        "to read: 22.3 GB",
+        "note: no weights are here: they are taken to be stored as bfloat16",
+    ]
 
 
 def test_a_config_file_by_its_path_and_json(capsys, t0pp):
@@ -116,7 +133,85 @@ def test_context_keeps_room(capsys, llama):
 def test_without_budgets_this_machines_memory(capsys, llama):
     code, out, _ = run_plan(capsys, llama)
     assert code == 0
-    assert "note: accelerators are not looked for" in out
+    assert "note: planned for what is free on this machine now: cpu " in out
+    assert "and the disk\n" in out
+
+
+def test_without_budgets_this_machines_accelerators(capsys, llama, monkeypatch):
+    monkeypatch.setattr(placing, "_may_have_accelerators", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10**10 * (index + 1), 10**11))
+    found = facts(capsys, llama)
+    assert found["notes"][0].startswith("planned for what is free on this machine now: GPU 0 ")
+    shown = {device["home"]: device["budget"] for device in found["devices"]}
+    assert shown[1] > shown[0] > 10**9
+    assert {block["home"] for block in found["blocks"]} == {0, 1}
+
+
+def test_without_a_framework_accelerators_are_not_looked_for(capsys, llama, monkeypatch):
+    monkeypatch.setattr(placing, "_may_have_accelerators", lambda: True)
+    monkeypatch.setitem(sys.modules, "pretrained.torch.place", None)
+    assert facts(capsys, llama)["notes"][0].endswith("without PyTorch accelerators are not looked for")
+
+
+def test_what_is_to_read_is_what_the_config_says_is_stored(capsys, t0pp, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(T0PP | {"torch_dtype": "bfloat16"}))
+    found = facts(capsys, tmp_path, "--max-memory", "cpu=100GiB")
+    assert found["devices"][0]["weights"] == 4 * 11_135_332_352
+    assert found["bytes_to_read"] == 2 * 11_135_332_352
+    assert found["notes"] == ["no weights are here: they are taken to be stored as bfloat16"]
+
+
+@pytest.fixture
+def cached(llama, tmp_path, monkeypatch):
+    """A repository in the download cache."""
+    commit = "a" * 40
+    cache = tmp_path / "models--me--tiny"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    shutil.copytree(llama, cache / "snapshots" / commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return cache / "snapshots" / commit
+
+
+def test_a_hub_id_in_the_cache(capsys, cached):
+    words = ("me/tiny", "--offline", "--max-memory", "cpu=1GB")
+    whole = facts(capsys, *words)
+    assert whole["notes"] == []
+    (cached / "model.safetensors").unlink()
+    bare = facts(capsys, *words)
+    assert bare["notes"] == ["no weights are here: they are taken to be stored as bfloat16"]
+    assert bare["bytes_to_read"] == whole["bytes_to_read"]
+    assert bare["blocks"] == whole["blocks"]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_folder_that_is_quantized_already(capsys, llama64, tmp_path, scheme):
+    wanted = {"quant_method": scheme}
+    LlamaForCausalLM.from_pretrained(llama64, quantization_config=wanted).save_pretrained(tmp_path)
+    planned = facts(capsys, llama64, "--quantize", scheme, "--max-memory", "cpu=1GB")
+    found = facts(capsys, tmp_path, "--max-memory", "cpu=1GB")
+    assert found["blocks"] == planned["blocks"]
+    stored = open_checkpoint(tmp_path / "model.safetensors").nbytes
+    assert found["bytes_to_read"] == stored == found["devices"][0]["weights"] - 4 * 8
+    assert found["notes"] == ["14 weights are quantized in the files, and counted as they lie there"]
+    code, _, err = run_plan(capsys, tmp_path, "--quantize", "int4", "--max-memory", "cpu=1GB")
+    assert code == 1
+    assert "The checkpoint is quantized already (--quantize)" in " ".join(err.split())
+
+
+def test_packed_needs_blocks(capsys, llama, t0pp):
+    for folder in (llama, t0pp):
+        code, _, err = run_plan(capsys, folder, "--packed", "--max-memory", "cpu=1GB")
+        assert code == 1
+        assert "There are no blocks to keep packed (--packed)" in " ".join(err.split())
+
+
+def test_a_gguf_file_that_is_not_in_the_cache(capsys, cached):
+    code, _, err = run_plan(capsys, "me/tiny", "--offline", "--gguf-file", "x.gguf")
+    assert code == 1
+    assert "The weights are not in the download cache" in " ".join(err.split())
 
 
 def test_a_map_of_ones_own(capsys, t0pp):
@@ -176,6 +271,14 @@ def test_a_gguf_file(capsys, smollm2_gguf):
     assert found["blocks"][0]["tied"] == ["lm_head"]
     assert found["bytes_to_read"] == open_checkpoint(smollm2_gguf).nbytes
     assert sum(block["nbytes"] for block in found["blocks"]) == 2 * 134_515_008 + 4 * 32
+
+
+@pytest.mark.realweights
+def test_a_gguf_file_kept_packed(capsys, smollm2_gguf):
+    found = facts(capsys, smollm2_gguf, "--max-memory", "cpu=1GB", "--packed")
+    packed = LlamaForCausalLM.from_pretrained(smollm2_gguf, quantization_config={"quant_method": "gguf"})
+    assert found["devices"][0]["weights"] == packed.get_memory_footprint()
+    assert found["bytes_to_read"] == open_checkpoint(smollm2_gguf).nbytes
 
 
 def test_it_needs_no_framework_and_little_time(t0pp):

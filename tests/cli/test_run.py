@@ -46,6 +46,31 @@ def test_sampling_repeats_with_a_seed(capsys, smollm2_gguf):
     assert answers[0] == answers[1] != ""
 
 
+@pytest.mark.parametrize(
+    ("words", "logged"),
+    [
+        (["--quantize", "int8", "--max-memory", "cpu=1GB"], "there is no accelerator, and everything fits"),
+        (["--packed", "--device-map", '{"": "cpu"}'], ""),
+    ],
+)
+def test_run_quantizes_and_places(capsys, caplog, smollm2_gguf, words, logged):
+    question = "What is the capital of France?"
+    code = main(["run", "-v", str(smollm2_gguf), question, "--quiet", "--max-new-tokens", "7", *words])
+    assert code == 0
+    assert "Paris" in capsys.readouterr().out
+    assert logged in caplog.text
+    assert "LlamaForCausalLM from" in caplog.text and "read 96.6 MB in" in caplog.text
+
+
+def test_run_says_what_cannot_be(capsys, smollm2_gguf):
+    code = main(["run", str(smollm2_gguf), "Hello", "--max-memory", "cpu=150MB"])
+    assert code == 1
+    assert "offload_folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["run", str(smollm2_gguf), "Hello", "--packed", "--quantize", "int8"])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
 def test_run_refuses_a_model_that_has_nothing_to_say(capsys, minilm_dir):
     code = main(["run", str(minilm_dir), "hello"])
     assert code == 1

@@ -216,10 +216,28 @@ def test_a_state_dict_goes_to_disk_through_the_folder(saved, tmp_path):
     assert torch.equal(logits_of(model), logits_of(LlamaForCausalLM.from_pretrained(saved("llama"))))
 
 
-def test_new_heads_stay_in_memory(saved):
-    model = GPT2LMHeadModel.from_pretrained(
-        saved("gpt2"), device_map="disk", n_layer=3, allow_missing=True, tie_word_embeddings=True
-    )
+def test_new_weights_go_to_disk_through_the_folder(saved, tmp_path):
+    def load(**arguments):
+        torch.manual_seed(3)
+        return GPT2LMHeadModel.from_pretrained(saved("gpt2"), n_layer=3, allow_missing=True, **arguments)
+
+    model = load(device_map="disk", offload_folder=tmp_path)
+    new = [key for key, _ in model.named_parameters() if key.startswith("transformer.h.2.")]
+    assert len(new) == 12
+    assert all(model._dispatch.store.span_of(model.get_parameter(key).data) for key in new)
+    assert torch.equal(logits_of(model), logits_of(load()))
+    del model
+    gc.collect()
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_new_weights_on_disk_without_a_folder_are_refused(saved):
+    arguments = {"n_layer": 3, "allow_missing": True}
+    message = r"12 weights placed on disk are in no file.*Pass offload_folder=.*map 'transformer.h.2.ln_1' to"
+    with pytest.raises(PlacementError, match=message):
+        GPT2LMHeadModel.from_pretrained(saved("gpt2"), device_map="disk", **arguments)
+    device_map = {"": "disk", "transformer.h.2": "cpu"}
+    model = GPT2LMHeadModel.from_pretrained(saved("gpt2"), device_map=device_map, **arguments)
     assert logits_of(model).isfinite().all()
 
 
@@ -443,7 +461,7 @@ class Two(nn.Module):
 
 def test_weights_come_for_the_forward_and_go_after():
     # "meta" stands for an accelerator: what arrives there shows in the device, and computes nothing.
-    model = Two()
+    model = Two().eval()
     seen = []
     homes = Homes({"": "cpu"}, torch.device("meta"))
     attach(model, homes, DiskWeights())

@@ -257,7 +257,7 @@ def test_a_full_disk_leaves_nothing_half_written(file, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pretrained.core.writer._write_tensor", full)
+        patch.setattr("pretrained.core.writer.write_tensor", full)
         with pytest.raises(FileError, match=r"converted copy.*room for \d+ bytes.*No space.*offload_folder"):
             transformed(folder, steps_of(file), mapped_reader())
     assert not [name for name in os.listdir(folder) if not name.endswith(".lock")]

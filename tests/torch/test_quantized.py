@@ -21,7 +21,6 @@ from pretrained import (
     WeightsError,
 )
 from pretrained.core.quantization import QuantizationConfig
-from pretrained.errors import NotYetError
 from pretrained.torch.nn import Conv1D
 from pretrained.torch.quantize import quantized_leaves, select
 from pretrained.torch.quantize_model import quantize_model
@@ -521,16 +520,6 @@ def test_quantized_checkpoints_that_do_not_hold_together(llama, tmp_path):
     (folder / "config.json").write_text(text)
     with pytest.raises(WeightsError, match=r"says that the weights are quantized \(int4\).*plain ones"):
         LlamaForCausalLM.from_pretrained(folder)
-
-
-def test_disk_takes_saved_quantized_weights_only(llama, tmp_path):
-    _, folder = llama
-    with pytest.raises(NotYetError, match=r"cannot be placed on disk yet.*save_pretrained"):
-        LlamaForCausalLM.from_pretrained(folder, quantization_config=INT4, device_map="disk")
-    resident = LlamaForCausalLM.from_pretrained(folder, quantization_config={**INT4, **EXACT}, dtype="auto")
-    resident.save_pretrained(tmp_path / "q")
-    away = LlamaForCausalLM.from_pretrained(tmp_path / "q", dtype="auto", device_map="disk")
-    assert distance(logits(away), logits(resident)) < 1e-6
 
 
 def test_a_gguf_scheme_needs_a_gguf_file(llama):

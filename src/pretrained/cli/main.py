@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Intermixed, so that options may stand between MODEL and PROMPT.
     options = _verb_parser(words[0]).parse_intermixed_args(words[1:])
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("pretrained").setLevel(logging.INFO if options.verbose else logging.NOTSET)
     try:
         code: int = options.execute(options)
     except KeyboardInterrupt:
@@ -85,6 +86,7 @@ def _top_parser() -> argparse.ArgumentParser:
 def _verb_parser(name: str) -> argparse.ArgumentParser:
     module, summary = _VERBS[name]
     parser = argparse.ArgumentParser(prog=f"pretrained {name}", description=f"{summary.capitalize()}.")
+    parser.add_argument("-v", "--verbose", action="store_true", help="tell what is done, and why")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     import_module(module).add_arguments(parser)
     return parser

@@ -12,6 +12,8 @@ import torch
 
 from pretrained.auto import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from pretrained.cli.console import Figures
+from pretrained.cli.placing import add_quantization_arguments, device_map_of, quantization_of
+from pretrained.core.budgets import parse_budget_text
 from pretrained.errors import ArgumentError, WeightsError
 from pretrained.torch.generation.streamers import TextStreamer
 
@@ -48,8 +50,19 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", default="auto", help="float32, bfloat16, float16 or auto (the file's own; default)"
     )
+    add_quantization_arguments(group)
     group.add_argument(
-        "--device-map", metavar="MAP", help="where the weights go, such as auto, cpu or cuda:0"
+        "--device-map", metavar="MAP", help="where the weights go: auto, cpu, cuda:0, or a map as JSON"
+    )
+    group.add_argument(
+        "--max-memory",
+        metavar="BUDGETS",
+        help="such as 0=10GiB,cpu=30GiB; implies --device-map auto",
+    )
+    group.add_argument(
+        "--offload-folder",
+        metavar="FOLDER",
+        help="for copies of weights on disk that cannot stay as they lie",
     )
     group.add_argument("--revision", help="branch, tag or commit on the hub")
     group.add_argument("--gguf-file", metavar="NAME", help="which GGUF file of a folder or repository")
@@ -116,7 +129,11 @@ def load(options: argparse.Namespace, figures: Figures) -> tuple[Any, Any]:
     hub = {name: value for name, value in hub.items() if value is not None}
     config = AutoConfig.from_pretrained(options.model, **hub)
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    wishes = {"device_map": options.device_map, "attn_implementation": options.attn_implementation}
+    wishes = {
+        **_placement(options),
+        "quantization_config": quantization_of(options),
+        "attn_implementation": options.attn_implementation,
+    }
     wishes = {name: value for name, value in wishes.items() if value is not None}
     model, info = auto_class.from_pretrained(
         options.model, config=config, dtype=options.dtype, output_loading_info=True, **hub, **wishes
@@ -131,6 +148,18 @@ def load(options: argparse.Namespace, figures: Figures) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(options.model, **hub)
     figures.load_s = time.perf_counter() - started
     return model, tokenizer
+
+
+def _placement(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` about where the weights go."""
+    word = options.device_map
+    if word is None and options.max_memory is not None:
+        word = "auto"
+    return {
+        "device_map": None if word is None else device_map_of(word),
+        "max_memory": None if options.max_memory is None else parse_budget_text(options.max_memory),
+        "offload_folder": options.offload_folder,
+    }
 
 
 class _TimedStreamer(TextStreamer):

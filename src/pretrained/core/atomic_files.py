@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from pretrained.core.disk_space import described
 from pretrained.errors import FileError, PretrainedError
 
 
@@ -99,9 +100,18 @@ _MENDS: Final = {
 
 @contextmanager
 def errors_with_mend(
-    where: Path, *, what: str = "Writing failed; what was there before is intact"
+    where: Path,
+    *,
+    what: str = "Writing failed; what was there before is intact",
+    needed: int | None = None,
 ) -> Iterator[None]:
-    """Turn the system's errors into ours; what already is one passes."""
+    """Turn the system's errors into ours; what already is one passes.
+
+    Args:
+        where: What is written.
+        what: Says what failed.
+        needed: Bytes that it takes, for the error of a full disk.
+    """
     try:
         yield
     except PretrainedError:
@@ -110,6 +120,6 @@ def errors_with_mend(
         raise FileError(
             what,
             where=where,
-            found=str(error),
+            found=described(error, where, needed),
             mend=_MENDS.get(error.errno or 0, "Check the disk, or save elsewhere."),
         ) from error

@@ -15,7 +15,9 @@ from pretrained.core.budgets import DISK, spelled
 from pretrained.core.homes import PlacedBlock, Placement, Room, runs
 from pretrained.core.report import fold_keys, format_bytes
 
-_COLUMN, _LABELS, _MARGIN = 130, 280, 32
+_COLUMN, _MARGIN, _GAP = 130, 32, 24
+# Room for a character of 12 px, on the safe side: fonts differ.
+_CHARACTER = 7
 _TOP, _HEIGHT, _BOTTOM = 104, 470, 64
 _LINE = 17
 _FONT = "font-family='Helvetica, Arial, sans-serif'"
@@ -54,7 +56,9 @@ def draw(placement: Placement, title: str) -> str:
     columns = [_column(room, placement, most, fills) for room in rooms]
     scale = _HEIGHT / (max((sum(area.height for area in areas) for areas in columns), default=0) or 1)
     deepest = max([_HEIGHT, *(_LINE * (len(areas) + 1) for areas in columns)])
-    width = 2 * _MARGIN + len(rooms) * (_COLUMN + _LABELS)
+    lefts, right = _lefts(columns)
+    title, subtitle = _shortened_path(title), _subtitle(placement)
+    width = 2 * _MARGIN + max(right - _MARGIN, len(title) * 12, len(subtitle) * 7)
     height = _TOP + deepest + _BOTTOM
     parts = [
         f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{height}' "
@@ -65,15 +69,28 @@ def draw(placement: Placement, title: str) -> str:
         f"<line x1='0' y1='0' x2='0' y2='7' stroke='#bdbdbd' stroke-width='3'/></pattern></defs>",
         f"<rect width='{width}' height='{height}' fill='#fbfbfa'/>",
         _text(_MARGIN, 36, title, size=19, bold=True),
-        _text(_MARGIN, 58, _subtitle(placement), size=13, colour=_FAINT),
+        _text(_MARGIN, 58, subtitle, size=13, colour=_FAINT),
     ]
     floor = _TOP + deepest
-    for index, (room, areas) in enumerate(zip(rooms, columns, strict=True)):
-        left = _MARGIN + index * (_COLUMN + _LABELS)
+    for left, room, areas in zip(lefts, rooms, columns, strict=True):
         parts += _draw_column(left, floor, scale, areas)
         parts += _draw_foot(left, floor, room)
     parts.append("</svg>")
     return "\n".join(parts) + "\n"
+
+
+def _lefts(columns: Sequence[Sequence[_Area]]) -> tuple[list[int], int]:
+    """Return where each column begins, with room for its labels, and where the last one's labels end."""
+    lefts, at = [], _MARGIN
+    for areas in columns:
+        lefts.append(at)
+        longest = max((len(_shortened(area.label)) for area in areas), default=0)
+        at += _COLUMN + 23 + longest * _CHARACTER + _GAP
+    return lefts, at - _GAP
+
+
+def _shortened_path(title: str, most: int = 90) -> str:
+    return title if len(title) <= most else f"…{title[-most:]}"
 
 
 def _fills(blocks: Sequence[PlacedBlock]) -> dict[str, str]:
@@ -159,10 +176,10 @@ def _draw_break(left: int, y: float) -> list[str]:
 
 
 def _draw_foot(left: int, floor: int, room: Room) -> list[str]:
-    budget = "no limit" if room.budget is None else f"of {format_bytes(room.budget)}"
+    budget = ", no limit" if room.budget is None else f" of {format_bytes(room.budget)}"
     return [
         _text(left, floor + 22, spelled(room.home), size=15, bold=True),
-        _text(left, floor + 41, f"{format_bytes(room.weights)} {budget}", size=12, colour=_FAINT),
+        _text(left, floor + 41, f"{format_bytes(room.weights)}{budget}", size=12, colour=_FAINT),
     ]
 
 

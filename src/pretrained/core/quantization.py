@@ -17,6 +17,8 @@ gguf      ``weight`` uint8 [out,        GGML's own blocks, row by row; the type 
           bytes of a row]               ``block_types``
 ========  ============================  ==============================================================
 
+A load can also find forms that only other libraries make; `pretrained.core.integer_form` has them all.
+
 Scales are rounded to bfloat16 before the integers are, so that the packed kernels, which take bfloat16
 scales, and the reference path compute from the same numbers.
 """
@@ -30,6 +32,8 @@ from math import prod
 from typing import Any, Final
 
 from pretrained.core.dtypes import floating_dtype_name
+from pretrained.core.foreign_quantization import ForeignScheme
+from pretrained.core.integer_form import IntegerForm
 from pretrained.core.skeleton import ParamSpec, Skeleton
 from pretrained.errors import ArgumentError, NotYetError, did_you_mean
 
@@ -38,6 +42,9 @@ GROUP_SIZES: Final = (32, 64, 128)
 # Groups of 32 cost 4.5 bits a weight instead of 4.25 (64), for about a tenth less error.
 DEFAULT_GROUP_SIZE: Final = 32
 SCALE_BYTES: Final = 2
+
+# Methods of other libraries whose checkpoints are read: one line for each.
+READ_METHODS: Final[Mapping[str, type[ForeignScheme]]] = {}
 
 # Methods that the ecosystem's checkpoints name and that are not read yet.
 _FOREIGN: Final = (
@@ -75,6 +82,8 @@ class QuantizationConfig:
         compute_dtype: ``"bfloat16"`` (and None) multiplies in bfloat16 on a CPU, where the packed
             kernels are, whatever the activations' dtype; ``"float32"`` multiplies in float32.
         block_types: gguf: GGML type of each packed module; written by a save.
+        read_from: int8 and int4: the library whose integers these are; written by a save. Their groups
+            and scales are what the files say, for each layer by itself.
 
     Raises:
         ArgumentError: a value that cannot be, or that the method does not use.
@@ -88,6 +97,7 @@ class QuantizationConfig:
     quantize_head: bool = False
     compute_dtype: str | None = None
     block_types: Mapping[str, str] = field(default_factory=dict)
+    read_from: str | None = None
 
     def __post_init__(self) -> None:
         if self.quant_method not in METHODS:
@@ -115,6 +125,8 @@ class QuantizationConfig:
         self._check_unused()
 
     def _check_group(self) -> None:
+        if self.read_from is not None and self.group_size is None:
+            return
         if self.quant_method == "int4" and self.group_size is None:
             object.__setattr__(self, "group_size", DEFAULT_GROUP_SIZE)
         if self.quant_method == "int4" and self.group_size not in GROUP_SIZES:
@@ -128,10 +140,11 @@ class QuantizationConfig:
     def _check_unused(self) -> None:
         """Raise for a field that the method would not look at."""
         idle: dict[str, Any] = {"block_types": {}}
-        if self.quant_method != "int4":
+        if self.read_from is not None or self.quant_method != "int4":
             idle |= {"group_size": None, "symmetric": True}
         if self.quant_method == "gguf":
             idle |= {"quantize_embeddings": False, "quantize_head": False, "skip_modules": ()}
+            idle["read_from"] = None
             del idle["block_types"]
         for name, value in idle.items():
             if getattr(self, name) != value:
@@ -141,6 +154,16 @@ class QuantizationConfig:
                     found=repr(getattr(self, name)),
                     mend="Leave it out.",
                 )
+
+    @property
+    def form(self) -> IntegerForm:
+        """The form of every weight that this scheme makes; int8 and int4."""
+        return IntegerForm(
+            bits=self.bits,
+            group_size=self.group_size,
+            zero=None if self.symmetric else "offset",
+            compute_dtype=self.compute_dtype,
+        )
 
     @property
     def bits(self) -> int:
@@ -198,6 +221,18 @@ def requested_quantization(
         ArgumentError: contradictions, unknown methods or fields.
         NotYetError: a method of another library, which this version does not offer.
     """
+    config = _requested(value, load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
+    if config is not None and config.read_from is not None:
+        raise ArgumentError(
+            "read_from is written by a save, and means nothing in a call",
+            where="quantization_config.read_from",
+            found=repr(config.read_from),
+            mend="Leave it out.",
+        )
+    return config
+
+
+def _requested(value: Any, *, load_in_8bit: bool, load_in_4bit: bool) -> QuantizationConfig | None:
     if load_in_8bit and load_in_4bit:
         raise ArgumentError("A weight has 8 bits or 4", where="load_in_8bit, load_in_4bit")
     short = "int8" if load_in_8bit else "int4" if load_in_4bit else None
@@ -214,16 +249,22 @@ def requested_quantization(
     return config
 
 
-def stored_quantization(value: Any, *, where: str = "config.json") -> QuantizationConfig | None:
+def stored_quantization(
+    value: Any, *, where: str = "config.json"
+) -> QuantizationConfig | ForeignScheme | None:
     """Return the scheme that a checkpoint was saved in, from its config.json.
 
     Args:
         value: ``quantization_config`` of the config; None means plain weights.
         where: What to name in errors.
 
+    Returns:
+        This library's scheme, or another's that is read.
+
     Raises:
-        NotYetError: the checkpoint was quantized by another library.
+        NotYetError: the checkpoint was quantized by another library, in a way that is not read.
         ArgumentError: what is there makes no sense.
+        ConfigError: the same, of another library's settings.
     """
     if not value:
         return None
@@ -231,6 +272,8 @@ def stored_quantization(value: Any, *, where: str = "config.json") -> Quantizati
     method = values.get("quant_method")
     if method is None and (values.get("load_in_8bit") or values.get("load_in_4bit")):
         method = "bitsandbytes"
+    if isinstance(method, str) and method in READ_METHODS:
+        return READ_METHODS[method].parse(values, where=where)
     if method in _FOREIGN:
         raise NotYetError(
             f"The config says that the weights are quantized ({method}), which is not read yet",
@@ -296,6 +339,12 @@ def _from_fields(values: Mapping[str, Any]) -> QuantizationConfig:
 
 def _unknown_method(method: Any) -> ArgumentError | NotYetError:
     text = getattr(method, "value", method)
+    if isinstance(text, str) and text in READ_METHODS:
+        return NotYetError(
+            f"Quantizing with {text} is not offered yet",
+            where="quantization_config.quant_method",
+            mend="Use 'int8' or 'int4'. A checkpoint that is stored so is read without the argument.",
+        )
     if text in _FOREIGN:
         return NotYetError(
             f"Quantizing with {text} is not offered yet",

@@ -18,6 +18,7 @@ import functools
 import mmap
 import os
 import sys
+import threading
 import weakref
 from pathlib import Path
 from types import TracebackType
@@ -30,11 +31,14 @@ from pretrained.core.checkpoint import TensorInfo
 from pretrained.core.dtypes import DTYPES
 from pretrained.core.ggml import dequantize
 from pretrained.core.untrusted import DOWNLOAD_AGAIN, open_regular, read_at
-from pretrained.errors import CheckpointError
+from pretrained.errors import CheckpointError, PretrainedError
 
 # Without this flag Linux counts a writable private map against memory and swap, and refuses a file that is
 # larger than both. Python has its name from 3.13 on; the number holds for x86 and ARM.
 _NO_RESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+# Of Linux 5.14 and later, which `mmap` does not name; other systems refuse the number.
+_POPULATE_READ: Final = 22
 
 
 class MappedFiles:
@@ -50,6 +54,7 @@ class MappedFiles:
     def __init__(self) -> None:
         # None stands for a file that cannot be mapped.
         self._maps: dict[Path, memoryview | None] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> MappedFiles:
         return self
@@ -76,15 +81,18 @@ class MappedFiles:
         """
         if info.nbytes == 0:
             return memoryview(bytearray())
-        if info.file not in self._maps:
-            with open_regular(info.file) as (opened, size):
-                _check_size(info, size)
-                self._maps[info.file] = _map(opened, size)
-        mapped = self._maps[info.file]
+        mapped = self._map_of(info.file)
         if mapped is None:
             return _read_span(info)
         _check_size(info, len(mapped))
         return mapped[info.offset : info.offset + info.nbytes]
+
+    def _map_of(self, file: Path) -> memoryview | None:
+        with self._lock:
+            if file not in self._maps:
+                with open_regular(file) as (opened, size):
+                    self._maps[file] = _map(opened, size)
+            return self._maps[file]
 
     def is_mapped(self, file: Path) -> bool:
         """Tell whether the bytes that `buffer` gave of a file are its own pages, not a copy.
@@ -116,6 +124,24 @@ class MappedFiles:
             # It is advice, so failing is no fault.
             with contextlib.suppress(OSError, AttributeError):
                 release_pages(np.frombuffer(mapped, np.uint8).ctypes.data + first, last - first)
+
+    def populate(self, file: Path, start: int, length: int) -> None:
+        """Bring a part of a mapped file into memory, waiting for the disk; other threads go on meanwhile.
+
+        Args:
+            file: A file that was asked for before, or will be.
+            start: First byte.
+            length: Bytes.
+
+        It is help, never a duty: what cannot be brought is left to whoever reads it and can say why.
+        """
+        with contextlib.suppress(OSError, PretrainedError):
+            mapped = self._map_of(file)
+            if mapped is None:
+                return
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            end = min(start + length, len(mapped))
+            populate_pages(np.frombuffer(mapped, np.uint8).ctypes.data + first, end - first)
 
     def array(self, info: TensorInfo) -> npt.NDArray[Any]:
         """Return a tensor as a numpy array.
@@ -197,6 +223,21 @@ def release_pages(address: int, nbytes: int) -> None:
         OSError: the system refuses.
     """
     if _c_library().madvise(address, nbytes, mmap.MADV_DONTNEED):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def populate_pages(address: int, nbytes: int) -> None:
+    """Read pages of a map into memory, as a touch of each would, in few large reads.
+
+    Args:
+        address: Of the first page; a multiple of the page size.
+        nbytes: Bytes from there on.
+
+    Raises:
+        OSError: the system cannot (Linux before 5.14, others), or the file has become shorter.
+    """
+    if _c_library().madvise(address, nbytes, _POPULATE_READ):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 

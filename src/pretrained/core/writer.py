@@ -13,7 +13,9 @@ import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -28,15 +30,18 @@ from pretrained.core.atomic_files import (
     temporary_name,
     write_text_atomically,
 )
+from pretrained.core.disk_space import check_room
 from pretrained.core.dtypes import DTYPES
-from pretrained.errors import ArgumentError
+from pretrained.errors import ArgumentError, FileError
 
 __all__ = [
     "ShardPlan",
     "TensorSource",
     "parse_size",
     "plan_shards",
+    "safetensors_layout",
     "write_checkpoint",
+    "write_tensor",
     "write_text_atomically",
 ]
 
@@ -45,6 +50,12 @@ _UNITS: Final = {
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
+# Of a tensor's entry in a header, about.
+_HEADER_BYTES: Final = 100
+
+# Seconds after which a temporary file that nobody writes to belongs to a save that was killed.
+_ABANDONED_S: Final = 600
+
 _SIZE: Final = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)")
 
 
@@ -208,7 +219,8 @@ def write_checkpoint(
     Raises:
         ArgumentError: the plan and the tensors do not belong together, or a tensor's bytes do not fit its
             shape.
-        FileError: the folder cannot be written, or the disk is full. The earlier checkpoint is intact and
+        FileError: the folder cannot be written, or the disk is full, which is asked before anything is
+            written. The earlier checkpoint is intact and
             temporary files are gone; or, as the message then says, the new one is complete and remains of
             the old one could not be removed.
     """
@@ -216,15 +228,19 @@ def write_checkpoint(
     header = dict(metadata) if metadata is not None else {"format": "pt"}
     token = secrets.token_hex(4)
     temporary = {name: temporary_name(name, token) for name in plan.files}
+    sizes = {name: _file_size(keys, tensors) for name, keys in plan.files.items()}
+    _make_room(folder, plan, sum(sizes.values()))
     with errors_with_mend(folder):
         with removed_on_error(folder, temporary.values()):
             for name, keys in plan.files.items():
-                if write_file is not None:
-                    write_file(folder / temporary[name], keys)
-                    _flush(folder / temporary[name])
-                    continue
-                with new_file(folder / temporary[name]) as opened:
-                    _write_file(opened, {key: tensors[key] for key in keys}, header)
+                file = folder / temporary[name]
+                with errors_with_mend(folder / name, needed=sizes[name]):
+                    if write_file is not None:
+                        write_file(file, keys)
+                        _flush(file)
+                        continue
+                    with new_file(file) as opened:
+                        _write_file(opened, {key: tensors[key] for key in keys}, header)
         sync_folder(folder)
         with removed_on_error(folder, temporary.values(), error=OSError):
             settle = _commit(folder, plan, temporary, tensors)
@@ -232,6 +248,31 @@ def write_checkpoint(
     with errors_with_mend(folder, what=done):
         settle()
         _remove_stale(folder, plan)
+
+
+# Room
+
+
+def _file_size(keys: Sequence[str], tensors: Mapping[str, TensorSource]) -> int:
+    """Return about how many bytes a file of some tensors takes, its header included."""
+    nbytes = sum(prod(tensors[key].shape) * DTYPES[tensors[key].dtype].itemsize for key in keys)
+    return nbytes + sum(len(key) + _HEADER_BYTES for key in keys)
+
+
+def _make_room(folder: Path, plan: ShardPlan, needed: int) -> None:
+    """Raise where the disk has no room, having removed what killed saves left if it takes that."""
+    try:
+        check_room(folder / next(iter(plan.files)), needed)
+        return
+    except FileError:
+        # Whoever still writes to such a file has touched it a moment ago.
+        now = time.time()
+        for name in os.listdir(folder):
+            if _owned(plan, r"\.tmp-[0-9a-f]{8}-").fullmatch(name):
+                with suppress(OSError):
+                    if now - (folder / name).stat().st_mtime > _ABANDONED_S:
+                        (folder / name).unlink()
+    check_room(folder / next(iter(plan.files)), needed)
 
 
 # One file
@@ -247,22 +288,48 @@ def _flush(file: Path) -> None:
 
 
 def _write_file(opened: BinaryIO, tensors: Mapping[str, TensorSource], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file: wide element types first, so that all are aligned, then by name."""
+    head, starts = safetensors_layout(tensors, metadata)
+    opened.write(head)
+    for key in starts:
+        write_tensor(opened, key, tensors[key])
+
+
+def safetensors_layout(
+    tensors: Mapping[str, TensorSource], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """Return the head of a safetensors file, and where in the file each tensor begins, in file order.
+
+    Wide element types come first, so that all are aligned, then names.
+
+    Args:
+        tensors: What the file is to hold; only dtypes and shapes are looked at.
+        metadata: The header's string pairs.
+    """
     order = sorted(tensors, key=lambda key: (-DTYPES[tensors[key].dtype].itemsize, key))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
+    begins, end = {}, 0
     for key in order:
         tensor, dtype = tensors[key], DTYPES[tensors[key].dtype]
-        begin, end = end, end + prod(tensor.shape) * dtype.itemsize
-        header[key] = {"dtype": dtype.safetensors, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begins[key], end = end, end + prod(tensor.shape) * dtype.itemsize
+        offsets = [begins[key], end]
+        header[key] = {"dtype": dtype.safetensors, "shape": list(tensor.shape), "data_offsets": offsets}
     raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     raw += b" " * (-len(raw) % 8)
-    opened.write(len(raw).to_bytes(8, "little") + raw)
-    for key in order:
-        _write_tensor(opened, key, tensors[key])
+    head = len(raw).to_bytes(8, "little") + raw
+    return head, {key: len(head) + begin for key, begin in begins.items()}
 
 
-def _write_tensor(opened: BinaryIO, key: str, tensor: TensorSource) -> None:
+def write_tensor(opened: BinaryIO, key: str, tensor: TensorSource) -> None:
+    """Write the bytes of one tensor where the file stands.
+
+    Args:
+        opened: The file.
+        key: The tensor's name, for the error.
+        tensor: The tensor.
+
+    Raises:
+        ArgumentError: its bytes do not fit its shape.
+    """
     expected = prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
     raw = memoryview(tensor.read())
     if raw.nbytes != expected:
@@ -343,14 +410,18 @@ def _single_name(plan: ShardPlan) -> str:
     return f"{plan.file_stem}{'.' + plan.variant if plan.variant else ''}{plan.suffix}"
 
 
-def _remove_stale(folder: Path, plan: ShardPlan) -> None:
-    """Remove what an earlier save of the same stem and variant left, also one that was killed."""
+def _owned(plan: ShardPlan, before: str) -> re.Pattern[str]:
+    """Return what matches the names that saves of this stem and variant give, with a prefix of a form."""
     infix = "" if plan.variant is None else re.escape("." + plan.variant)
     stem, end = re.escape(plan.file_stem), re.escape(plan.suffix)
-    owned = re.compile(
-        r"(\.tmp-[0-9a-f]{8}-)?"
-        rf"({stem}{infix}(-\d{{5,}}-of-\d{{5,}})?{end}|{stem}{end}\.index{infix}\.json)"
+    return re.compile(
+        rf"{before}({stem}{infix}(-\d{{5,}}-of-\d{{5,}})?{end}|{stem}{end}\.index{infix}\.json)"
     )
+
+
+def _remove_stale(folder: Path, plan: ShardPlan) -> None:
+    """Remove what an earlier save of the same stem and variant left, also one that was killed."""
+    owned = _owned(plan, r"(\.tmp-[0-9a-f]{8}-)?")
     keep = {*plan.files, plan.index}
     stale = [name for name in os.listdir(folder) if owned.fullmatch(name) and name not in keep]
     # The index first: a reader must not find one whose shards are gone.

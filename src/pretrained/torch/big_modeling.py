@@ -29,7 +29,7 @@ from pretrained.core.placement import STRATEGIES
 from pretrained.core.plan import LoadPlan, LoadPolicy, plan_load
 from pretrained.core.report import fold_keys
 from pretrained.core.skeleton import Skeleton
-from pretrained.errors import ArgumentError, NotYetError, WeightsError
+from pretrained.errors import ArgumentError, NotYetError, PlacementError, WeightsError
 from pretrained.torch.device_maps import (
     MaxMemory,
     compute_module_sizes,
@@ -40,6 +40,7 @@ from pretrained.torch.device_maps import (
     tensor_sizes,
     tensors_of,
 )
+from pretrained.torch.devices import single_device
 from pretrained.torch.dispatch import Homes, attach, remove_hooks
 from pretrained.torch.empty import no_fills, no_memory
 from pretrained.torch.offload import DiskWeights
@@ -260,7 +261,7 @@ def dispatch_model(
     """
     _refuse(offload_index=offload_index)
     skeleton = skeleton_of_any(model)
-    main = None if main_device is None else torch.device(main_device)
+    main = None if main_device is None else _existing(main_device, "main_device")
     homes = _homes(model, skeleton, device_map, offload_buffers=offload_buffers, main=main)
     assert homes is not None
     store = _settle(model, skeleton, homes, state_dict or {}, offload_dir)
@@ -327,11 +328,19 @@ def _offload(
     whole: Iterable[str] | None,
 ) -> nn.Module:
     first = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-    main = first if execution_device is None else torch.device(execution_device)
+    main = first if execution_device is None else _existing(execution_device, "execution_device")
     homes = Homes({"": home}, main, offload_buffers)
     store = _settle(model, skeleton_of_any(model), homes, state_dict or {}, folder)
     attach(model, homes, store, whole=whole or ())
     return model
+
+
+def _existing(device: Any, where: str) -> torch.device:
+    try:
+        return single_device(device)
+    except PlacementError as error:
+        error.where = where
+        raise
 
 
 def _opened(checkpoint: str | Path) -> Checkpoint:

@@ -7,8 +7,8 @@ pages of those on disk are let go. Between forwards the model holds its weights 
 that reading, saving and copying out work as on any model. `forward` is never replaced, and `remove_hooks`
 undoes everything.
 
-Running with an accelerator follows the same code and is untested so far: it copies when a part begins,
-without a ring of pinned memory or a stream of its own.
+Weights that run on an accelerator come through a `pretrained.torch.ring.Ring` where the device has streams,
+ahead of the part that needs them, and otherwise by a copy when the part begins.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ from pretrained.core.budgets import CPU, DISK, Home, available_host_memory
 from pretrained.core.report import format_bytes
 from pretrained.core.units import covering
 from pretrained.errors import ArgumentError, PlacementError
+from pretrained.torch.accelerator import Runtime, runtime_for
 from pretrained.torch.devices import home_name
 from pretrained.torch.offload import DiskWeights, Span, cannot_copy, files_of
+from pretrained.torch.quantized import IntegerLeaf
 from pretrained.torch.read_ahead import ReadAhead
+from pretrained.torch.ring import Loan, Order, Ring, Source, room_for
+from pretrained.torch.staging import flat
 
 WHOLE: Final = ("MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer")
 """Classes of torch that use weights of their submodules without calling them; each is one part."""
@@ -47,11 +51,13 @@ class Homes:
         main: Where modules run whose weights live on the CPU or on disk.
         offload_buffers: Whether buffers follow the map onto the CPU or disk instead of staying where they are
             used.
+        ties: Alias -> owner: a tied weight lives, and the modules that hold it run, where its owner is.
     """
 
     device_map: Mapping[str, Home]
     main: torch.device
     offload_buffers: bool = False
+    ties: Mapping[str, str] = field(default_factory=dict)
 
     def home(self, key: str, *, is_buffer: bool = False) -> Home:
         """Return the home of a weight.
@@ -60,7 +66,7 @@ class Homes:
             key: Its name in the model.
             is_buffer: Whether it is a buffer.
         """
-        path = covering(key, self.device_map)
+        path = covering(self.ties.get(key, key), self.device_map)
         if path is None:
             # A table that no file holds: a given map need not name it; weights were checked before.
             return CPU if self.main.type == "cpu" else home_name(self.main)
@@ -127,6 +133,7 @@ def attach(
     skip_keys: Iterable[str] = (),
     whole: Iterable[str] = (),
     force: bool = False,
+    runtimes: Callable[[torch.device], Runtime | None] = runtime_for,
 ) -> None:
     """Make a model run with its weights where they are.
 
@@ -137,11 +144,14 @@ def attach(
         skip_keys: Keyword arguments whose tensors are not moved between devices.
         whole: Further classes whose submodules' weights are brought in together.
         force: Attach hooks also where all weights lie where they are used.
+        runtimes: Gives the streams of a device; None for one that has none.
     """
     remove_hooks(model)
     dispatch = Dispatch(homes, store)
     ahead = ReadAhead()
-    parts = _parts(model, homes, store, ahead, frozenset((*WHOLE, *whole)))
+    runtime = {device: runtimes(device) for device in homes.devices}
+    fast = frozenset(device for device, found in runtime.items() if found is not None)
+    parts = _parts(model, homes, store, ahead, frozenset((*WHOLE, *whole)), fast)
     for part, following in pairwise(parts):
         part.successor = following
     skip = frozenset([skip_keys] if isinstance(skip_keys, str) else skip_keys)
@@ -152,9 +162,18 @@ def attach(
         back = _Back(skip)
         dispatch.handles.append(model.register_forward_pre_hook(back.before, with_kwargs=True, prepend=True))
         dispatch.handles.append(model.register_forward_hook(back.after, with_kwargs=True))
+    calls = []
+    for device, found in runtime.items():
+        here = [part for part in parts if part.device == device]
+        if found is not None and here:
+            calls += _through_ring(model, here, found)
+    for call in calls:
+        dispatch.handles.append(call.module.register_forward_pre_hook(call.before))
     for part in parts:
         dispatch.handles.append(part.module.register_forward_pre_hook(part.before))
         dispatch.handles.append(part.module.register_forward_hook(part.after, always_call=True))
+    for call in calls:
+        dispatch.handles.append(call.module.register_forward_hook(call.after, always_call=True))
     for module, below in _sweepers(model, parts):
         sweep = _Sweep(below)
         dispatch.handles.append(module.register_forward_hook(sweep.after, always_call=True))
@@ -213,6 +232,9 @@ def leave(model: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> 
         probe = convert(tensor.data.view(-1)[:1])
         if (probe.dtype, probe.device) != (tensor.dtype, tensor.device):
             need += tensor.numel() * probe.element_size()
+    # Quantized layers get a copy in the layout of their kernel.
+    leaves = [module for module in model.modules() if isinstance(module, IntegerLeaf)]
+    need += sum({leaf.weight.data_ptr(): leaf.weight.nbytes for leaf in leaves}.values())
     left = available_host_memory() if device.type == "cpu" else None
     if left is not None and need > left:
         raise PlacementError(
@@ -253,9 +275,12 @@ class _Part:
         self.successor: _Part | None = None
         self.is_requested = False
         self.has_run = False
+        self.ring: Ring | None = None
+        self._span_at = {span.address: span for span in spans}
         self._lock = threading.Lock()
         self._inside = 0
         self._resting: list[tuple[Slot, torch.Tensor]] = []
+        self._loan: Loan | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise cannot_copy("copied")
@@ -263,18 +288,25 @@ class _Part:
     def __reduce__(self) -> Any:
         raise cannot_copy("pickled")
 
+    @property
+    def is_brought(self) -> bool:
+        """Whether its weights run on another device than they rest on."""
+        return self.device.type != "cpu" or self.ring is not None
+
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.spans:
-            self._check()
+            self._check_files()
             self.reader.enter(self)
-        if self.device.type != "cpu":
+        if self.spans or self.is_brought:
+            self._check_not_trained()
+        if self.is_brought:
             with self._lock:
                 self._inside += 1
                 if self._inside == 1:
                     self._bring()
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.device.type != "cpu":
+        if self.is_brought:
             with self._lock:
                 # After an error in `before` of this or of another hook there is nothing to put back.
                 self._inside = max(0, self._inside - 1)
@@ -288,34 +320,115 @@ class _Part:
         for span in self.spans:
             span.release()
 
-    def _check(self) -> None:
+    def sources(self) -> Sequence[Source]:
+        """Return what the ring may fetch ahead; nothing while the part runs, for its weights are there."""
+        if not self._lock.acquire(blocking=False):
+            return ()
+        try:
+            if self._inside:
+                return ()
+            self._check_files()
+            return [self._source(tensor) for _, tensor in self._away() if _can_send(tensor)]
+        finally:
+            self._lock.release()
+
+    def _source(self, tensor: torch.Tensor) -> Source:
+        span = self._span_at.get(tensor.data_ptr())
+        return Source(tensor, None if span is None else span.release)
+
+    def _check_files(self) -> None:
         for file in self.files:
             file.check()
+
+    def _check_not_trained(self) -> None:
         if self.module.training and torch.is_grad_enabled():
             for owner, name, is_buffer in self.slots:
                 if not is_buffer and owner.get_parameter(name).requires_grad:
-                    raise _cannot_train(f"{self.path}.{name}")
+                    raise _cannot_train(f"{self.path}.{name}", "on disk" if self.spans else "on 'cpu'")
+
+    def _away(self) -> Iterator[tuple[Slot, torch.Tensor]]:
+        for slot in self.slots:
+            tensor = _table(slot)[slot[1]]
+            if tensor is not None and (tensor.device != self.device or self.device.type == "cpu"):
+                yield slot, tensor
 
     def _bring(self) -> None:
-        for slot in self.slots:
-            owner, name, is_buffer = slot
-            table: dict[str, Any] = owner._buffers if is_buffer else owner._parameters
-            tensor = table[name]
-            if tensor is None or tensor.device == self.device:
-                continue
-            self._resting.append((slot, tensor))
-            copy = tensor.detach().to(self.device)
-            table[name] = copy if is_buffer else nn.Parameter(copy, requires_grad=False)
+        sent = []
+        for slot, tensor in list(self._away()):
+            if self.ring is not None and _can_send(tensor):
+                sent.append((slot, tensor))
+            else:
+                self._replace(slot, tensor, tensor.detach().to(self.device))
+        if self.ring is not None and sent:
+            self._loan = self.ring.enter(self, [self._source(tensor) for _, tensor in sent])
+            for (slot, tensor), copy in zip(sent, self._loan.tensors, strict=True):
+                self._replace(slot, tensor, copy)
+
+    def _replace(self, slot: Slot, resting: torch.Tensor, copy: torch.Tensor) -> None:
+        self._resting.append((slot, resting))
+        _table(slot)[slot[1]] = copy if slot[2] else nn.Parameter(copy, requires_grad=False)
 
     def _put_back(self) -> None:
         while self._resting:
-            (owner, name, is_buffer), tensor = self._resting.pop()
-            table: dict[str, Any] = owner._buffers if is_buffer else owner._parameters
-            table[name] = tensor
+            slot, tensor = self._resting.pop()
+            _table(slot)[slot[1]] = tensor
+        if self.ring is not None and self._loan is not None:
+            self.ring.leave(self._loan)
+            self._loan = None
+
+
+def _table(slot: Slot) -> dict[str, Any]:
+    return slot[0]._buffers if slot[2] else slot[0]._parameters
+
+
+def _can_send(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and flat(tensor) is not None
+
+
+class _Call:
+    """Tells a ring where a forward begins and ends."""
+
+    def __init__(self, module: nn.Module, ring: Ring, order: Order) -> None:
+        self.module, self.ring, self.order = module, ring, order
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.ring.begin(self.order)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.ring.end()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise cannot_copy("copied")
+
+    def __reduce__(self) -> Any:
+        raise cannot_copy("pickled")
+
+
+def _through_ring(model: nn.Module, parts: Sequence[_Part], runtime: Runtime) -> list[_Call]:
+    """Give parts that run on one device a ring, and return the modules that call them."""
+    sizes = {part.path: [tensor.nbytes for _, tensor in part._away()] for part in parts}
+    ring = Ring(runtime, room_for(sizes))
+    below: dict[str, list[_Part]] = {}
+    for part in parts:
+        part.ring = ring
+        names = part.path.split(".") if part.path else []
+        for length in range(len(names) + 1):
+            below.setdefault(".".join(names[:length]), []).append(part)
+    modules = ((model.get_submodule(path), held) for path, held in below.items())
+    return [
+        _Call(module, ring, Order(list(held)))
+        for module, held in modules
+        if not isinstance(module, _CONTAINERS)
+    ]
 
 
 def _parts(
-    model: nn.Module, homes: Homes, store: DiskWeights, reader: ReadAhead, whole: frozenset[str]
+    model: nn.Module,
+    homes: Homes,
+    store: DiskWeights,
+    reader: ReadAhead,
+    whole: frozenset[str],
+    fast: frozenset[torch.device],
 ) -> list[_Part]:
     """Return the parts of a model, in module order."""
     slots: dict[str, list[tuple[Slot, str]]] = {}
@@ -335,7 +448,8 @@ def _parts(
             span = store.span_of(tensor.data)
             if span is not None:
                 spans.append(span)
-            if span is not None or tensor.device != device:
+            # A device that has streams and is the CPU's is a test's.
+            if span is not None or tensor.device != device or (device in fast and device.type == "cpu"):
                 away.append(slot)
         if away:
             parts.append(_Part(path, modules[path], device, away, spans, reader))
@@ -390,12 +504,12 @@ def _sweepers(model: nn.Module, parts: Sequence[_Part]) -> Iterator[tuple[nn.Mod
             yield module, below
 
 
-def _cannot_train(key: str) -> ArgumentError:
+def _cannot_train(key: str, home: str) -> ArgumentError:
     return ArgumentError(
-        "A weight placed on disk cannot be trained",
+        f"A weight placed {home} cannot be trained",
         where=key,
-        mend="Place it on a device or on 'cpu', or freeze it with requires_grad_(False); for evaluation call "
-        "model.eval().",
+        mend="Place it on the device that it runs on, or freeze it with requires_grad_(False); for "
+        "evaluation call model.eval().",
     )
 
 
@@ -446,12 +560,18 @@ def _entries(model: nn.Module, homes: Homes) -> Iterator[tuple[nn.Module, torch.
         above = path.rpartition(".")[0]
         if isinstance(module, _CONTAINERS) or covering(path, homes.device_map) is None:
             continue
-        device = homes.execution(path)
+        device = homes.execution(_first_key(path, module))
         parent = model.get_submodule(above) if path else None
         outer = covering(above, homes.device_map) if path else None
-        differs = outer is None or homes.execution(above) != device
+        differs = parent is None or outer is None or homes.execution(_first_key(above, parent)) != device
         if not path or differs or isinstance(parent, _CONTAINERS):
             yield module, device
+
+
+def _first_key(path: str, module: nn.Module) -> str:
+    """Return the key of a module's first own weight, which may be tied elsewhere; its path without one."""
+    name = next((name for name, tensor in module._parameters.items() if tensor is not None), None)
+    return path if name is None else f"{path}.{name}" if path else name
 
 
 def _devices(value: Any) -> Iterator[torch.device]:

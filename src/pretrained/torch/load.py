@@ -20,14 +20,16 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from pretrained.core.budgets import DISK
-from pretrained.core.checkpoint import Checkpoint
+from pretrained.core.budgets import DISK, available_host_memory
+from pretrained.core.checkpoint import Checkpoint, TensorInfo
 from pretrained.core.config import PreTrainedConfig
 from pretrained.core.dtypes import DTYPES, floating_dtype_name
 from pretrained.core.options import LoadOptions, unknown_argument
 from pretrained.core.plan import LoadPlan, LoadPolicy, LoadStep, check_depth, plan_load
+from pretrained.core.prefetch import Prefetch
 from pretrained.core.progress import reporting
-from pretrained.core.report import LoadReport
+from pretrained.core.reader import MappedFiles
+from pretrained.core.report import LoadReport, format_bytes
 from pretrained.core.skeleton import ParamSpec, Skeleton
 from pretrained.errors import (
     ArgumentError,
@@ -48,7 +50,16 @@ from pretrained.torch.load_sources import (
     read_model_config,
 )
 from pretrained.torch.offload import DiskWeights
-from pretrained.torch.place import blocks_of, is_one_device, on_disk, place, placed_reader, sizes_of
+from pretrained.torch.place import (
+    blocks_of,
+    check_new,
+    is_one_device,
+    on_disk,
+    place,
+    placed_reader,
+    sizes_of,
+    write_new,
+)
 from pretrained.torch.quantize import all_ties, packed_keys
 from pretrained.torch.quantized import IntegerLeaf
 from pretrained.torch.quantized_ops import Packed
@@ -88,9 +99,10 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     dtype = resolve_dtype(options.dtype, config, checkpoint)
     model = build_empty(cls, config, *model_args, **kwargs)
     model.name_or_path = "" if path is None else str(path)
+    quantizer = quantizer_for(config, checkpoint, options, dtype)
+    checkpoint = quantizer.view(model, checkpoint)
     if checkpoint.format != "gguf":
         settle_ties(model, checkpoint, key_mapping=options.key_mapping, state_dict=options.state_dict)
-    quantizer = quantizer_for(config, checkpoint, options, dtype)
     quantizer.prepare(model, checkpoint)
     skeleton = skeleton_of(model)
     plan = plan_load(
@@ -101,12 +113,13 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
         source=path,
     )
     model.generation_config = read_generation_config(model, source, options)
-    read = state_dict_reader(options.state_dict) if options.state_dict is not None else None
+    read = None if options.state_dict is None else state_dict_reader(options.state_dict)
+    files = MappedFiles() if options.state_dict is None else None
     if device is not None:
-        plan, read = quantizer.wrap(model, plan, read or mapped_reader(copy_all=options.disable_mmap))
-        execute(model, plan, device, read, options.progress, dtype=dtype)
+        plan, read = quantizer.wrap(model, plan, read or mapped_reader(files, copy_all=options.disable_mmap))
+        execute(model, plan, device, read, options.progress, files=files, dtype=dtype)
     else:
-        plan = execute_placed(model, plan, skeleton, read, options, dtype, quantizer)
+        plan = execute_placed(model, plan, skeleton, read, files, options, dtype, quantizer)
     config.dtype = dtype_name_of(model.dtype)
     model._checkpoint_names = dict(plan.renamed)
     quantizer.finish(model)
@@ -271,6 +284,7 @@ def execute(
     read: Read,
     progress: Any = None,
     *,
+    files: MappedFiles | None = None,
     dtype: str | None = None,
 ) -> None:
     """Carry a plan out on a model built empty.
@@ -281,20 +295,22 @@ def execute(
         device: Where the weights go: one device, or homes.
         read: Reads one tensor.
         progress: As `LoadOptions.progress`.
+        files: The maps that `read` reads from, to read ahead of it; None where it reads from none.
         dtype: Dtype of weights that are initialised; None for the one most loaded weights have.
     """
     homes = device if isinstance(device, Homes) else Homes({"": home_name(device)}, device)
     buffers = buffers_of(model)
-    done = 0
+    ahead = Prefetch(files, () if files is None else _to_read(plan, homes, buffers))
+    done, total = 0, plan.nbytes_to_read
 
     def read_home(step: LoadStep) -> torch.Tensor:
         return read(step, homes.resting(step.key, is_buffer=step.key in buffers))
 
-    with reporting(progress, plan.nbytes_to_read, "loading") as report:
-        for step, tensor in _read_all(plan, read_home):
+    with reporting(progress, total, "loading") as report:
+        for step, tensor in _read_all(plan, read_home, ahead):
             assign(model, step.key, tensor)
             done += step.source.nbytes
-            report(done, plan.nbytes_to_read, "loading")
+            report(done, total, "loading")
     new = [key for key in plan.initialise if key not in plan.ties]
     _allocate(model, new, homes, TORCH_DTYPES[dtype or _usual_dtype(plan)])
     _fill_derived_buffers(model, homes)
@@ -310,6 +326,7 @@ def execute_placed(
     plan: LoadPlan,
     skeleton: Skeleton,
     read: Read | None,
+    files: MappedFiles | None,
     options: LoadOptions,
     dtype: str | None,
     quantizer: Quantizer,
@@ -321,6 +338,7 @@ def execute_placed(
         plan: What to do.
         skeleton: What the model promises.
         read: Reads weights that are in no file; None for weights in files.
+        files: The maps of the weights' files; None for weights in no file.
         options: The call's device map, budgets and offload folder.
         dtype: Name of the dtype that weights are loaded as.
         quantizer: What is quantized on the way.
@@ -328,7 +346,7 @@ def execute_placed(
     Returns:
         The plan with what is quantized on the way.
     """
-    plan, quantized = quantizer.wrap(model, plan, read or mapped_reader(copy_all=options.disable_mmap))
+    plan, quantized = quantizer.wrap(model, plan, read or mapped_reader(files, copy_all=options.disable_mmap))
     skeleton = skeleton_of(model) if quantizer.is_active else skeleton
     homes = place(
         options.device_map,
@@ -347,9 +365,14 @@ def execute_placed(
         )
     quantizer.check_homes(homes.device_map.values())
     buffers, store = buffers_of(model), DiskWeights()
-    placed = on_disk(plan, homes, buffers, store, read, options.offload_folder)
+    folder = options.offload_folder
+    new = check_new(plan, homes, buffers, folder)
+    placed = on_disk(plan, homes, buffers, store, read, folder, quantizer, quantized)
     reader = placed_reader(quantized, homes, buffers, store)
-    execute(model, placed, homes, reader, options.progress, dtype=dtype)
+    usual = dtype or _usual_dtype(plan)
+    execute(model, placed, homes, reader, options.progress, files=files, dtype=usual)
+    if new and folder is not None:
+        write_new(model, new, store, folder)
     attach(model, homes, store, skip_keys=getattr(model, "_skip_keys_device_placement", None) or ())
     model.hf_device_map = dict(homes.device_map)
     return plan
@@ -365,15 +388,32 @@ def buffers_of(model: nn.Module) -> frozenset[str]:
 
 
 def _read_all(
-    plan: LoadPlan, read: Callable[[LoadStep], torch.Tensor]
+    plan: LoadPlan, read: Callable[[LoadStep], torch.Tensor], ahead: Prefetch
 ) -> Iterator[tuple[LoadStep, torch.Tensor]]:
     """Read every step, in file order; those that compute something side by side."""
-    if all(step.is_view for step in plan.steps):
-        for step in plan.steps:
-            yield step, read(step)
-        return
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        yield from zip(plan.steps, pool.map(read, plan.steps), strict=True)
+
+    def read_waited(step: LoadStep) -> torch.Tensor:
+        ahead.wait(step.source)
+        tensor = read(step)
+        ahead.used(step.source)
+        return tensor
+
+    with ahead:
+        if all(step.is_view for step in plan.steps):
+            for step in plan.steps:
+                yield step, read_waited(step)
+            return
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            yield from zip(plan.steps, pool.map(read_waited, plan.steps), strict=True)
+
+
+def _to_read(plan: LoadPlan, homes: Homes, buffers: frozenset[str]) -> list[TensorInfo]:
+    """Return what is worth reading ahead: not what stays on disk, nor views that memory cannot hold."""
+    steps = [s for s in plan.steps if homes.home(s.key, is_buffer=s.key in buffers) != DISK]
+    kept_bytes = sum(step.source.nbytes for step in steps if step.is_view)
+    left = available_host_memory()
+    fits = left is None or kept_bytes < left
+    return [step.source for step in steps if fits or not step.is_view]
 
 
 def assign(model: nn.Module, key: str, tensor: torch.Tensor | Packed) -> None:
@@ -497,8 +537,9 @@ def _audit(model: nn.Module, initialised: Iterable[str]) -> None:
 
 
 def _log(report: LoadReport, options: LoadOptions) -> None:
-    if not report.is_plain:
-        logger.warning("%s", report)
+    level = logging.INFO if report.is_plain else logging.WARNING
+    logger.log(level, "%s", report)
+    logger.info("read %s in %.2f s", format_bytes(report.nbytes_read), report.load_s)
     narrow = {
         stored
         for stored, loaded in report.dtypes

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of weights that cannot stay on disk as they lie in the checkpoint: cast, decoded, or from memory.
+"""Copies of weights that cannot stay on disk as they lie in the checkpoint: converted, or from memory.
 
 An offload folder holds safetensors files and an index of its own. The index says of each copy which bytes of
 which file it was made from and how, so that a later load uses it again instead of making it anew, and so that
@@ -13,21 +13,25 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
+from pretrained.core import writer
 from pretrained.core.atomic_files import errors_with_mend, write_text_atomically
 from pretrained.core.checkpoint import TensorInfo
 from pretrained.core.dtypes import DTYPES
 from pretrained.core.plan import LoadStep
 from pretrained.core.safetensors_file import read_safetensors_header
-from pretrained.core.writer import plan_shards, write_checkpoint
+from pretrained.core.writer import plan_shards, safetensors_layout, write_checkpoint
 from pretrained.errors import CheckpointError, FileError, PlacementError
 from pretrained.torch.offload import DiskWeights
+from pretrained.torch.quantized_ops import Packed
 from pretrained.torch.tensors import Read, dtype_name_of
 
 INDEX: Final = "pretrained-offload.json"
@@ -38,31 +42,73 @@ _FORMAT: Final = 1
 _WHOLE: Final = 1 << 60
 
 
-class _Converted:
-    """A weight that is read and converted when its turn to be written comes, and dropped after."""
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a weight is stored where that takes more than one plain tensor: quantized.
 
-    def __init__(self, step: LoadStep, read: Read) -> None:
-        self.step, self.dtype = step, step.dtype
-        self.shape = step.shape if step.shape is not None else step.source.shape
-        self._read = read
+    Attributes:
+        scheme: Everything that decides about the numbers; equal texts mean equal copies.
+        tensors: Key -> (dtype, shape) of what stands for the weight.
+    """
+
+    scheme: str
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Spec:
+    """A tensor that is to be written, without its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def read(self) -> memoryview:
-        tensor = self._read(self.step, torch.device("cpu")).detach().contiguous()
-        return (
-            memoryview(tensor.view(-1).view(torch.uint8).numpy().data) if tensor.numel() else memoryview(b"")
-        )
+        raise NotImplementedError
 
 
-def transformed(folder: Path, steps: Sequence[LoadStep], read: Read) -> dict[str, TensorInfo]:
+@dataclass(frozen=True, slots=True)
+class _Bytes:
+    """A tensor's bytes, for the writer."""
+
+    tensor: torch.Tensor
+
+    @property
+    def dtype(self) -> str:
+        return dtype_name_of(self.tensor.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def read(self) -> memoryview:
+        plain = self.tensor.detach().cpu().contiguous()
+        return memoryview(plain.view(-1).view(torch.uint8).numpy().data) if plain.numel() else memoryview(b"")
+
+
+def transformed(
+    folder: Path,
+    steps: Sequence[LoadStep],
+    read: Read,
+    forms: Mapping[str, Form] | None = None,
+    errors: MutableMapping[str, float] | None = None,
+) -> dict[str, TensorInfo]:
     """Return where the converted weights of a checkpoint lie, making those copies that are not there yet.
+
+    Weights are read, converted and written one at a time.
 
     Args:
         folder: The offload folder; made where it is absent.
         steps: What to convert; their sources are files.
-        read: Reads and converts one weight.
+        read: Reads and converts one weight; those that have a form come as `Packed`.
+        forms: The forms of weights that become more than one tensor.
+        errors: Takes the errors of rounding by module, those of copies from an earlier load too.
 
     Returns:
-        For each key a span of plain values of the step's dtype.
+        For each key a span of plain values of the step's dtype, or of the form's.
 
     Raises:
         PlacementError: the folder belongs to another model, or to other files of this one.
@@ -70,18 +116,27 @@ def transformed(folder: Path, steps: Sequence[LoadStep], read: Read) -> dict[str
     """
     with errors_with_mend(folder, what="The offload folder cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
-    wanted = {step.key: _identity(step) for step in steps}
+    forms, errors = forms or {}, {} if errors is None else errors
+    wanted = {step.key: _identity(step, forms.get(step.key)) for step in steps}
     with _alone(folder):
         known = _read_index(folder)
         _check_owner(folder, known, wanted)
-        infos = _existing(folder, known, wanted)
-        left = [step for step in steps if step.key not in infos]
+        infos = _existing(folder, known, wanted, forms, errors)
+        left = [step for step in steps if not infos.keys() >= _specs(step, forms).keys()]
         if left:
             name = hashlib.sha256(json.dumps([wanted[step.key] for step in left]).encode()).hexdigest()[:16]
-            file = _write(folder, f"{_STEM}-{name}", left, read)
+            made: dict[str, float] = {}
+            file = _write(folder, f"{_STEM}-{name}", left, read, forms, made)
             infos |= read_safetensors_header(file).tensors
+            errors.update({key.removesuffix(".weight"): error for key, error in made.items()})
             entries = {
-                _entry(step.key, step.dtype): {"file": file.name, "source": wanted[step.key]} for step in left
+                _entry(step.key, wanted[step.key]): {
+                    "file": file.name,
+                    "written": _state(file),
+                    "source": wanted[step.key],
+                    **({"error": made[step.key]} if step.key in made else {}),
+                }
+                for step in left
             }
             text = json.dumps({"format": _FORMAT, "weights": {**known, **entries}}, indent=1)
             write_text_atomically(folder / INDEX, text + "\n")
@@ -104,24 +159,69 @@ def written_from_memory(
     Raises:
         FileError: the folder cannot be written, or the disk is full; nothing half-written stays.
     """
-    with errors_with_mend(folder, what="The offload folder cannot be made"):
-        folder.mkdir(parents=True, exist_ok=True)
     steps = []
     for key, tensor in tensors.items():
         dtype = dtype_name_of(tensor.dtype)
         steps.append(LoadStep(key, TensorInfo(key, dtype, tuple(tensor.shape), Path("memory"), 0, 0), dtype))
-    stem = f"{_STEM}-memory-{secrets.token_hex(8)}"
-    file = _write(folder, stem, steps, lambda step, _: tensors[step.key].cpu())
+    return converted_from_memory(folder, steps, lambda step, _: tensors[step.key], {}, store)
+
+
+def converted_from_memory(
+    folder: Path, steps: Sequence[LoadStep], read: Read, forms: Mapping[str, Form], store: DiskWeights
+) -> dict[str, TensorInfo]:
+    """Do what `written_from_memory` does with weights that are converted one at a time.
+
+    Args:
+        folder: The offload folder; made where it is absent.
+        steps: What to write.
+        read: As for `transformed`.
+        forms: As for `transformed`.
+        store: Whose end removes the file.
+    """
+    with errors_with_mend(folder, what="The offload folder cannot be made"):
+        folder.mkdir(parents=True, exist_ok=True)
+    file = _write(folder, f"{_STEM}-memory-{secrets.token_hex(8)}", steps, read, forms, {})
     store.remove_with_me(file)
     return dict(read_safetensors_header(file).tensors)
 
 
-def _write(folder: Path, stem: str, steps: Sequence[LoadStep], read: Read) -> Path:
-    sources = {step.key: _Converted(step, read) for step in steps}
-    sizes = {step.key: step.source.num_elements * DTYPES[step.dtype].itemsize for step in steps}
+def _specs(step: LoadStep, forms: Mapping[str, Form]) -> dict[str, _Spec]:
+    form = forms.get(step.key)
+    if form is not None:
+        return {key: _Spec(dtype, shape) for key, (dtype, shape) in form.tensors.items()}
+    return {step.key: _Spec(step.dtype, step.shape if step.shape is not None else step.source.shape)}
+
+
+def _write(
+    folder: Path,
+    stem: str,
+    steps: Sequence[LoadStep],
+    read: Read,
+    forms: Mapping[str, Form],
+    errors: MutableMapping[str, float],
+) -> Path:
+    """Write one file of copies; each weight is made when its turn comes, and dropped after."""
+    specs = {key: spec for step in steps for key, spec in _specs(step, forms).items()}
+    sizes = {key: spec.nbytes for key, spec in specs.items()}
     plan = plan_shards(sizes, _WHOLE, file_stem=stem)
+
+    def write_file(path: Path, keys: Sequence[str]) -> None:
+        # The tensors of one weight do not lie side by side in the file.
+        head, starts = safetensors_layout({key: specs[key] for key in keys}, {"format": "pt"})
+        with open(path, "xb") as opened:
+            opened.write(head)
+            for step in steps:
+                value: Any = read(step, torch.device("cpu"))
+                tensors = {step.key: value}
+                if isinstance(value, Packed):
+                    errors[step.key] = value.error
+                    tensors = {key: value.part(key.rpartition(".")[2]) for key in _specs(step, forms)}
+                for key, tensor in tensors.items():
+                    opened.seek(starts[key])
+                    writer.write_tensor(opened, key, _Bytes(tensor))
+
     try:
-        write_checkpoint(folder, plan, sources, {"format": "pt"}, file_stem=stem)
+        write_checkpoint(folder, plan, specs, file_stem=stem, write_file=write_file)
     except FileError as error:
         raise FileError(
             "The weights placed on disk need a converted copy, and writing it failed",
@@ -137,7 +237,7 @@ def _write(folder: Path, stem: str, steps: Sequence[LoadStep], read: Read) -> Pa
 # -- the index -----------------------------------------------------------------------------------
 
 
-def _identity(step: LoadStep) -> dict[str, Any]:
+def _identity(step: LoadStep, form: Form | None) -> dict[str, Any]:
     """Return what a copy was made from and how; equal values mean equal copies."""
     info = step.source
     state = os.stat(info.file)
@@ -151,12 +251,19 @@ def _identity(step: LoadStep) -> dict[str, Any]:
         "dtype": step.dtype,
         "shape": list(step.shape if step.shape is not None else info.shape),
         "strides": None if info.strides is None else list(info.strides),
-        "layout": None if step.apply is None else getattr(step.apply, "__qualname__", repr(type(step.apply))),
+        # Changes of layout are functions, or values that say all of themselves.
+        "layout": None if step.apply is None else getattr(step.apply, "__qualname__", repr(step.apply)),
+        "scheme": None if form is None else form.scheme,
     }
 
 
-def _entry(key: str, dtype: str) -> str:
-    return f"{key} {dtype}"
+def _state(file: Path) -> list[int]:
+    state = os.stat(file)
+    return [state.st_size, state.st_mtime_ns]
+
+
+def _entry(key: str, source: Mapping[str, Any]) -> str:
+    return f"{key} {source['scheme'] or source['dtype']}"
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -203,24 +310,36 @@ def _check_owner(folder: Path, known: Mapping[str, Any], wanted: Mapping[str, Ma
 
 
 def _existing(
-    folder: Path, known: Mapping[str, Any], wanted: Mapping[str, Mapping[str, Any]]
+    folder: Path,
+    known: Mapping[str, Any],
+    wanted: Mapping[str, Mapping[str, Any]],
+    forms: Mapping[str, Form],
+    errors: MutableMapping[str, float],
 ) -> dict[str, TensorInfo]:
     """Return the copies that are there and were made as this load would make them."""
     headers: dict[str, Mapping[str, TensorInfo]] = {}
-    infos = {}
+    infos: dict[str, TensorInfo] = {}
     for key, source in wanted.items():
-        entry = known.get(_entry(key, source["dtype"]))
+        entry = known.get(_entry(key, source))
         if entry is None or entry["source"] != source or Path(entry["file"]).name != entry["file"]:
             continue
         if entry["file"] not in headers:
-            # A copy that is gone or damaged is made again.
+            # A copy that is gone, damaged or was written to since is made again.
             try:
-                headers[entry["file"]] = read_safetensors_header(folder / entry["file"]).tensors
-            except (CheckpointError, FileError):
+                intact = _state(folder / entry["file"]) == entry.get("written")
+                headers[entry["file"]] = (
+                    read_safetensors_header(folder / entry["file"]).tensors if intact else {}
+                )
+            except (CheckpointError, OSError):
                 headers[entry["file"]] = {}
-        info = headers[entry["file"]].get(key)
-        if info is not None and (info.dtype, list(info.shape)) == (source["dtype"], source["shape"]):
-            infos[key] = info
+        form = forms.get(key)
+        expected = {key: (source["dtype"], tuple(source["shape"]))} if form is None else form.tensors
+        held = headers[entry["file"]]
+        found = {name: (held[name].dtype, held[name].shape) for name in expected if name in held}
+        if found == {name: (dtype, tuple(shape)) for name, (dtype, shape) in expected.items()}:
+            infos |= {name: held[name] for name in expected}
+            if isinstance(entry.get("error"), float):
+                errors[key.removesuffix(".weight")] = entry["error"]
     return infos
 
 

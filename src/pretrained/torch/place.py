@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,16 @@ from pretrained.core.units import with_blocks
 from pretrained.errors import PlacementError
 from pretrained.torch.dispatch import Homes, torch_device
 from pretrained.torch.offload import DiskWeights, is_mappable
-from pretrained.torch.offload_folder import transformed, written_from_memory
+from pretrained.torch.offload_folder import (
+    Form,
+    converted_from_memory,
+    transformed,
+    written_from_memory,
+)
+from pretrained.torch.quantizers.base import Quantizer
 from pretrained.torch.tensors import Read, mapped_reader
+
+logger = logging.getLogger(__name__)
 
 # Of an accelerator's free memory; the rest is for what a forward computes.
 _SHARE_OF_FREE = 0.9
@@ -85,8 +94,9 @@ def place(
             with_blocks(skeleton, blocks), sizes, free_memory(max_memory), strategy=device_map
         )
         _check_there(placement.device_map.values())
+        logger.info("%s", placement)
         main = torch_device(placement.main) if main is None else main
-        return Homes(placement.device_map, main, offload_buffers)
+        return Homes(placement.device_map, main, offload_buffers, skeleton.ties)
     placement = check_device_map(
         with_blocks(skeleton, blocks),
         device_map if isinstance(device_map, Mapping) else {"": device_map},
@@ -94,8 +104,10 @@ def place(
         sizes=sizes,
         modules=modules,
     )
+    for note in placement.notes:
+        logger.info("device_map: %s", note)
     main = torch_device(placement.main) if main is None else main
-    return Homes(placement.device_map, main, offload_buffers)
+    return Homes(placement.device_map, main, offload_buffers, skeleton.ties)
 
 
 def _check_there(homes: Iterable[Home]) -> None:
@@ -148,6 +160,8 @@ def on_disk(
     store: DiskWeights,
     read: Read | None,
     folder: str | Path | None,
+    quantizer: Quantizer | None = None,
+    convert: Read | None = None,
 ) -> LoadPlan:
     """Return the plan with every weight placed on disk readable as it lies, converting those that are not.
 
@@ -158,35 +172,98 @@ def on_disk(
         store: The model's weights on disk.
         read: Reads weights that are in no file; None for weights in files.
         folder: Where converted copies go; None where none can be made.
+        quantizer: Says which weights become several tensors, and keeps what rounding lost.
+        convert: Its reader, for those weights.
 
     Raises:
         PlacementError: copies are needed and there is no folder, or it belongs to another model.
         FileError: the folder cannot be written.
     """
     placed = [step for step in plan.steps if homes.home(step.key, is_buffer=step.key in buffers) == DISK]
-    left = [step for step in placed if read is not None or not is_mappable(step)]
+    forms = {} if quantizer is None else quantizer.forms(placed)
+    left = [step for step in placed if read is not None or step.key in forms or not is_mappable(step)]
     if not left:
         return plan
     if folder is None:
         raise PlacementError(
             f"{len(left)} of {len(placed)} weights placed on disk need a converted copy there",
             where="offload_folder",
-            found=_why(left[0], read),
+            found=_why(left[0], read, forms),
             mend="Pass offload_folder= a folder for the copies. Weights that keep the dtype and layout of "
-            "their file (dtype='auto') need none.",
+            "their file (dtype='auto') need none; a quantized model that was saved needs none either.",
         )
+    plain = read or _read_one
+
+    def make(step: LoadStep, device: torch.device) -> torch.Tensor:
+        return plain(step, device) if convert is None or step.key not in forms else convert(step, device)
+
     if read is None:
-        copies = transformed(Path(folder), left, _read_one)
+        errors = None if quantizer is None else quantizer.errors
+        copies = transformed(Path(folder), left, make, forms, errors)
     else:
-        cpu = torch.device("cpu")
-        copies = written_from_memory(Path(folder), {step.key: read(step, cpu) for step in left}, store)
-    steps = [
-        LoadStep(step.key, copies[step.key], step.dtype) if step.key in copies else step
-        for step in plan.steps
-    ]
+        copies = converted_from_memory(Path(folder), left, make, forms, store)
+    moved = {step.key for step in left}
+    steps = [step for step in plan.steps if step.key not in moved]
+    steps += [LoadStep(key, info, info.dtype) for key, info in copies.items()]
     return replace(
         plan, steps=tuple(sorted(steps, key=lambda step: (str(step.source.file), step.source.offset)))
     )
+
+
+def check_new(plan: LoadPlan, homes: Homes, buffers: frozenset[str], folder: str | Path | None) -> list[str]:
+    """Return the weights placed on disk that are in no file and will be initialised.
+
+    Args:
+        plan: What to load.
+        homes: Where to.
+        buffers: Keys of buffers.
+        folder: Where they can be written.
+
+    Raises:
+        PlacementError: there are some, and there is no folder.
+    """
+    new = [
+        key
+        for key in plan.initialise
+        if key not in plan.ties and homes.home(key, is_buffer=key in buffers) == DISK
+    ]
+    if new and folder is None:
+        module = new[0].rpartition(".")[0]
+        raise PlacementError(
+            f"{len(new)} weights placed on disk are in no file: they are newly initialised",
+            where="offload_folder, device_map",
+            found=", ".join(new[:5]),
+            mend=f"Pass offload_folder= a folder to write them into, or map {module!r} to 'cpu'.",
+        )
+    return new
+
+
+def write_new(model: nn.Module, keys: Iterable[str], store: DiskWeights, folder: str | Path) -> None:
+    """Write weights that were initialised in memory into the folder, and use them from there.
+
+    Args:
+        model: Loaded; changed in place.
+        keys: Of the weights.
+        store: The model's weights on disk.
+        folder: Where to.
+
+    Raises:
+        FileError: the folder cannot be written.
+    """
+    slots: dict[str, tuple[dict[str, Any], str]] = {}
+    for key in keys:
+        path, _, name = key.rpartition(".")
+        module = model.get_submodule(path)
+        slots[key] = (module._parameters if name in module._parameters else module._buffers, name)
+    tensors = {key: table[name].detach() for key, (table, name) in slots.items()}
+    for key, info in written_from_memory(Path(folder), tensors, store).items():
+        table, name = slots[key]
+        tensor = store.tensor(info)
+        is_parameter = isinstance(table[name], nn.Parameter)
+        table[name] = nn.Parameter(tensor, table[name].requires_grad) if is_parameter else tensor
+    tie_weights = getattr(model, "tie_weights", None)
+    if callable(tie_weights):
+        tie_weights()
 
 
 def _read_one(step: LoadStep, device: torch.device) -> torch.Tensor:
@@ -212,7 +289,9 @@ def placed_reader(read: Read, homes: Homes, buffers: frozenset[str], store: Disk
     return read_placed
 
 
-def _why(step: LoadStep, read: Read | None) -> str:
+def _why(step: LoadStep, read: Read | None, forms: Mapping[str, Form]) -> str:
+    if step.key in forms:
+        return f"{step.key} is quantized by this load"
     if read is not None:
         return f"{step.key} comes from memory, not from a file"
     if step.source.dtype != step.dtype:

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 
 from pretrained.torch.dispatch import Dispatch, leave
+from pretrained.torch.quantize import use_kernel_layouts
 
 
 class PlacedModelMixin:
@@ -30,6 +31,9 @@ class PlacedModelMixin:
         Raises:
             PlacementError: the weights on disk do not fit into memory; nothing has changed then.
         """
+        was_placed = "_dispatch" in self.__dict__
         leave(self, fn)  # type: ignore[arg-type]
         result: Any = super()._apply(fn, recurse)  # type: ignore[misc]
+        if was_placed:
+            use_kernel_layouts(self)  # type: ignore[arg-type]
         return result  # type: ignore[no-any-return]

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from pretrained.core.integer_form import IntegerForm
 from pretrained.core.quantization import QuantizationConfig, names_module
 from pretrained.errors import ArgumentError
 from pretrained.torch.nn import Conv1D
 from pretrained.torch.quantized import (
     GgufEmbedding,
+    GgufLeaf,
     GgufLinear,
     IntegerLeaf,
     QuantizedEmbedding,
@@ -26,7 +28,7 @@ from pretrained.torch.quantized import (
 logger = logging.getLogger(__name__)
 
 # Names of a leaf's tensors beside `weight`.
-SCALES = ("weight_scale", "weight_zero")
+SCALES = ("weight_scale", "weight_zero", "weight_order")
 
 
 # -- which layers ---------------------------------------------------------------------------------
@@ -128,12 +130,14 @@ def dense_shape(module: nn.Module) -> tuple[int, int]:
 # -- putting leaves in ----------------------------------------------------------------------------
 
 
-def integer_leaf(module: nn.Module, config: QuantizationConfig, dtype: torch.dtype) -> IntegerLeaf:
+def integer_leaf(
+    module: nn.Module, config: QuantizationConfig | IntegerForm, dtype: torch.dtype
+) -> IntegerLeaf:
     """Return an empty int8 or int4 leaf for a layer, on the meta device; it shares the layer's bias.
 
     Args:
         module: A `Linear`, `Conv1D` or `Embedding`.
-        config: Its scheme.
+        config: Its scheme or form.
         dtype: What its weight would be loaded as.
     """
     rows, columns = dense_shape(module)
@@ -147,7 +151,7 @@ def integer_leaf(module: nn.Module, config: QuantizationConfig, dtype: torch.dty
     return _dressed(leaf, module)
 
 
-def gguf_leaf(module: nn.Module, block_type: str, dtype: torch.dtype) -> QuantizedLeaf:
+def gguf_leaf(module: nn.Module, block_type: str, dtype: torch.dtype) -> GgufLeaf:
     """Return an empty leaf for GGML's blocks, on the meta device; it shares the layer's bias.
 
     Args:
@@ -257,8 +261,13 @@ def use_kernel_layouts(model: nn.Module) -> None:
     """Make resident 4-bit layers ready for this CPU's packed kernel.
 
     Args:
-        model: Any module; layers on other devices, or moved by hooks, stay as they are.
+        model: Any module; layers on other devices stay as they are, and so do those moved by hooks, which
+            are made ready at each call.
     """
     for leaf in quantized_leaves(model).values():
-        if isinstance(leaf, IntegerLeaf) and not leaf._forward_pre_hooks and not leaf.weight.is_meta:
+        if not isinstance(leaf, IntegerLeaf) or leaf.weight.is_meta:
+            continue
+        if leaf._forward_pre_hooks:
+            leaf.lay_out_at_call()
+        else:
             leaf.use_kernel_layout()

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pretrained.core.integer_form import IntegerForm
 from pretrained.core.quantization import QuantizationConfig
 from pretrained.errors import WeightsError
 from pretrained.torch.empty import no_memory
@@ -34,13 +35,15 @@ from pretrained.torch.quantized_ops import (
     to_kernel_layout,
     unpack_nibbles,
 )
+from pretrained.torch.tensors import TORCH_DTYPES
 
 # What int8pack reads at a time: with other widths it reads past the end of a row, and at addresses that do
 # not divide by 16 it kills the process, without a check for either (torch 2.13, x86).
 _INT8_COLUMNS = 32
 _INT8_ALIGNMENT = 16
-# What int4pack packs at a time.
+# What int4pack packs at a time, and the groups that it knows.
 _INT4_ROWS = 16
+_INT4_GROUPS = (256, 128, 64, 32)
 
 
 class QuantizedLeaf(nn.Module):
@@ -100,35 +103,38 @@ class QuantizedLeaf(nn.Module):
 
 
 class IntegerLeaf(QuantizedLeaf):
-    """Weights as int8 or int4 with bfloat16 scales.
+    """Weights as integers of 8 or 4 bits with scales.
+
+    Attributes:
+        form: How they are stored.
 
     Args:
         shape: (out, in).
-        config: The scheme.
+        config: The scheme, or the form.
         dtype: As `QuantizedLeaf.logical_dtype`.
     """
 
     weight: nn.Parameter
     weight_scale: nn.Parameter
     weight_zero: nn.Parameter | None
+    weight_order: nn.Parameter | None
 
-    def __init__(self, shape: tuple[int, int], config: QuantizationConfig, dtype: torch.dtype) -> None:
-        super().__init__(shape, config.quant_method, dtype)
-        self.config = config
-        rows, columns = shape
-        if config.bits == 8:
-            self._fixed("weight", (rows, columns), torch.int8)
-            self._fixed("weight_scale", (rows,), torch.bfloat16)
-        else:
-            assert config.group_size is not None
-            self._fixed("weight", (rows, columns // 2), torch.uint8)
-            self._fixed("weight_scale", (rows, columns // config.group_size), torch.bfloat16)
-        if config.symmetric:
-            self.weight_zero = None
-        else:
-            self._fixed("weight_zero", (rows, columns // (config.group_size or columns)), torch.bfloat16)
-        # Scale and zero side by side, [groups, out, 2], while `weight` is in the kernel's layout.
+    def __init__(
+        self, shape: tuple[int, int], config: QuantizationConfig | IntegerForm, dtype: torch.dtype
+    ) -> None:
+        form = config if isinstance(config, IntegerForm) else config.form
+        super().__init__(shape, form.method, dtype)
+        self.form = form
+        tensors = form.tensors(shape)
+        for name in ("weight", "weight_scale", "weight_zero", "weight_order"):
+            if name in tensors:
+                self._fixed(name, tensors[name][0], TORCH_DTYPES[tensors[name][1]])
+            else:
+                self.register_parameter(name, None)
+        # Scale and offset side by side, [groups, out, 2], while `weight` is in the kernel's layout.
         self._scales: torch.Tensor | None = None
+        # Whether the weight stays as it is stored, and is laid out for the kernel at each call.
+        self._lays_out_at_call = False
 
     def fill(self, packed: Packed) -> None:
         """Take a quantized weight.
@@ -141,20 +147,33 @@ class IntegerLeaf(QuantizedLeaf):
             ("weight", packed.weight),
             ("weight_scale", packed.scale),
             ("weight_zero", packed.zero),
+            ("weight_order", packed.order),
         ):
             if tensor is not None:
                 self._parameters[name] = _fixed(tensor)
 
     def rows(self, part: Any, dtype: torch.dtype) -> torch.Tensor:
         """Return rows of the weight, dequantized in `dtype`."""
-        if self.config.bits == 8:
+        if self.weight_scale.dim() == 1:
             return self.weight[part].to(dtype) * self.weight_scale[part][..., None].to(dtype)
-        integers = self._integers(part)
+        integers = self.weight[part] if self.form.bits == 8 else self._integers(part)
         grouped = integers.to(dtype).view(*integers.shape[:-1], self.weight_scale.shape[1], -1)
+        if self.form.zero == "point":
+            grouped -= self._points(part).to(dtype)
         values = grouped.mul_(self.weight_scale[part][..., None].to(dtype))
-        if self.weight_zero is not None:
+        if self.form.zero == "offset":
+            assert self.weight_zero is not None
             values += self.weight_zero[part][..., None].to(dtype)
-        return values.view(integers.shape)
+        values = values.view(integers.shape)
+        if self.weight_order is None:
+            return values
+        return values[..., torch.argsort(self.weight_order)]
+
+    def _points(self, part: Any) -> torch.Tensor:
+        """Return rows of zero points against the integers of `_integers`, [..., groups, 1]."""
+        assert self.weight_zero is not None
+        points = self.weight_zero[part][..., None]
+        return points if self.form.bits == 8 else points.to(torch.int8).sub_(8)
 
     def _integers(self, part: Any) -> torch.Tensor:
         """Return rows of 4-bit integers as -8..7."""
@@ -172,31 +191,79 @@ class IntegerLeaf(QuantizedLeaf):
     def use_kernel_layout(self) -> bool:
         """Put 4-bit weights into the layout of this CPU's kernel, in place of the stored one.
 
-        Both take as many bytes. Symmetric forms gain a column of zeros that the kernel wants.
+        Both take as many bytes. The kernel wants scales and offsets in bfloat16: symmetric forms gain a
+        column of zeros, and those of other libraries a rounded copy of their scales.
 
         Returns:
             Whether the leaf is ready for a packed kernel.
         """
-        if self.weight.device.type != "cpu" or self.config.compute_dtype == "float32":
+        self._lays_out_at_call = False
+        if not self._has_kernel():
             return False
-        if self.config.bits == 8:
-            if self.shape[1] % _INT8_COLUMNS == 0 and not _is_aligned(self.weight):
+        if self.form.bits == 8:
+            if not _is_aligned(self.weight):
                 # A view of a file, which packs tensors closely.
                 self.weight.data = self.weight.detach().clone()
-            return self.shape[1] % _INT8_COLUMNS == 0
+            return True
         if self._scales is not None:
             return True
-        if self.shape[0] % _INT4_ROWS or kernel_block() is None:
-            return False
-        scales = torch.zeros(self.weight_scale.shape[1], self.shape[0], 2, dtype=torch.bfloat16)
-        scales[..., 0] = self.weight_scale.t()
-        self._parameters["weight"] = _fixed(to_kernel_layout(self.weight.detach()))
-        self._parameters["weight_scale"] = _fixed(scales[..., 0].t())
-        if self.weight_zero is not None:
-            scales[..., 1] = self.weight_zero.t()
-            self._parameters["weight_zero"] = _fixed(scales[..., 1].t())
+        weight, scales = self._laid_out()
+        is_shared = scales.shape[0] == self.weight_scale.shape[1] and self._shares_scales()
+        self._parameters["weight"] = _fixed(weight)
+        if is_shared:
+            self._parameters["weight_scale"] = _fixed(scales[..., 0].t())
+            if self.weight_zero is not None:
+                self._parameters["weight_zero"] = _fixed(scales[..., 1].t())
         self._scales = scales
         return True
+
+    def lay_out_at_call(self) -> None:
+        """Keep the weight where and as it is, and copy it into the kernel's layout for each call.
+
+        For weights on disk, whose results are then those of resident ones, bit for bit. It takes about as
+        long as the reference does.
+        """
+        self.use_stored_layout()
+        self._lays_out_at_call = True
+
+    def _has_kernel(self) -> bool:
+        """Tell whether this CPU has a packed kernel for the weight's shape and form."""
+        if self.weight.device.type != "cpu" or self.form.compute_dtype == "float32":
+            return False
+        if self.form.bits == 8:
+            return self.weight_scale.dim() == 1 and self.shape[1] % _INT8_COLUMNS == 0
+        is_whole = self.shape[0] % _INT4_ROWS == 0 and self._kernel_group() is not None
+        return is_whole and kernel_block() is not None
+
+    def _laid_out(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weight and scales as the packed kernel takes them."""
+        if self.form.bits == 8:
+            weight = self.weight.detach()
+            return weight if _is_aligned(weight) else weight.clone(), self.weight_scale.to(torch.bfloat16)
+        if self._scales is not None:
+            return self.weight, self._scales
+        group = self._kernel_group()
+        assert group is not None
+        # One scale for several of the kernel's groups is repeated.
+        times = self.shape[1] // self.weight_scale.shape[1] // group
+        scales = torch.zeros(self.shape[1] // group, self.shape[0], 2, dtype=torch.bfloat16)
+        scales[..., 0] = self.weight_scale.t().repeat_interleave(times, 0)
+        if self.form.zero == "offset":
+            assert self.weight_zero is not None
+            scales[..., 1] = self.weight_zero.t().repeat_interleave(times, 0)
+        elif self.form.zero == "point":
+            offsets = self._points(slice(None))[..., 0].float().neg_() * self.weight_scale
+            scales[..., 1] = offsets.t().repeat_interleave(times, 0)
+        return to_kernel_layout(self.weight.detach()), scales
+
+    def _kernel_group(self) -> int | None:
+        """Return the largest of the kernel's groups that the leaf's own are made of."""
+        size = self.shape[1] // self.weight_scale.shape[1]
+        return next((group for group in _INT4_GROUPS if size % group == 0), None)
+
+    def _shares_scales(self) -> bool:
+        """Tell whether the stored scales are the kernel's numbers, so that one copy of them will do."""
+        return self.form.scale_dtype == "bfloat16" and self.form.zero != "point"
 
     def use_stored_layout(self) -> None:
         """Undo `use_kernel_layout`."""
@@ -219,10 +286,12 @@ class IntegerLeaf(QuantizedLeaf):
 
     @property
     def hidden_nbytes(self) -> int:
-        """Bytes that no parameter shows: the kernel's column of zeros."""
-        if self._scales is None or self.weight_zero is not None:
+        """Bytes that no parameter shows: the kernel's column of zeros, or its copy of the scales."""
+        if self._scales is None:
             return 0
-        return self.weight_scale.numel() * self.weight_scale.element_size()
+        if self.weight_scale.data_ptr() != self._scales.data_ptr():
+            return self._scales.nbytes
+        return 0 if self.weight_zero is not None else self._scales.nbytes // 2
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -267,7 +336,7 @@ class QuantizedLinear(IntegerLeaf, Dense):
         self,
         in_features: int,
         out_features: int,
-        config: QuantizationConfig,
+        config: QuantizationConfig | IntegerForm,
         *,
         bias: bool = True,
         dtype: torch.dtype = torch.float32,
@@ -289,10 +358,11 @@ class QuantizedLinear(IntegerLeaf, Dense):
         """
         if x.device.type != "cpu" or len(x) > KERNEL_ROWS or self.compute_dtype(x) != torch.bfloat16:
             return None
-        if self.config.bits == 8:
-            fits = self.in_features % _INT8_COLUMNS == 0 and _is_aligned(self.weight)
-            return "int8pack" if fits else None
-        return "int4pack" if self._scales is not None else None
+        is_ready = self._lays_out_at_call
+        if self.form.bits == 8:
+            is_ready = is_ready or _is_aligned(self.weight)
+            return "int8pack" if is_ready and self._has_kernel() else None
+        return "int4pack" if self._scales is not None or (is_ready and self._has_kernel()) else None
 
     def compute_dtype(self, x: torch.Tensor) -> torch.dtype:
         """Return the dtype that a multiplication with `x` runs in.
@@ -300,7 +370,7 @@ class QuantizedLinear(IntegerLeaf, Dense):
         Args:
             x: The input.
         """
-        wanted = self.config.compute_dtype
+        wanted = self.form.compute_dtype
         if wanted is not None:
             return getattr(torch, wanted)
         return torch.bfloat16 if x.device.type == "cpu" else x.dtype
@@ -309,14 +379,15 @@ class QuantizedLinear(IntegerLeaf, Dense):
         """Return ``x @ weight.T`` in the dtype of `x`, [rows, out]."""
         kernel, dtype = self.kernel(x), self.compute_dtype(x)
         inner = x.to(dtype)
+        if kernel is not None and self.weight_order is not None:
+            inner = inner[:, self.weight_order]
         if kernel == "int8pack":
-            result = torch._weight_int8pack_mm(inner.contiguous(), self.weight, self.weight_scale)
+            result = torch._weight_int8pack_mm(inner.contiguous(), *self._laid_out())
         elif kernel == "int4pack":
-            group = self.in_features // self.weight_scale.shape[1]
-            result = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                inner.contiguous(), self.weight, group, self._scales
-            )
-        elif self.config.bits == 8:
+            weight, scales = self._laid_out()
+            group = self.in_features // scales.shape[0]
+            result = torch.ops.aten._weight_int4pack_mm_for_cpu(inner.contiguous(), weight, group, scales)
+        elif self.weight_scale.dim() == 1:
             # Integers up to 127 are exact in every dtype; scaling the result costs less than the weight.
             result = torch.cat(
                 [
@@ -349,7 +420,7 @@ class QuantizedEmbedding(IntegerLeaf):
         self,
         num_embeddings: int,
         embedding_dim: int,
-        config: QuantizationConfig,
+        config: QuantizationConfig | IntegerForm,
         *,
         dtype: torch.dtype = torch.float32,
         padding_idx: int | None = None,
@@ -370,6 +441,10 @@ class QuantizedEmbedding(IntegerLeaf):
 class GgufLeaf(QuantizedLeaf):
     """Rows of GGML's blocks, as they lie in the file; usually a view of the mapped file itself.
 
+    Llama's converter stores the rows of two projections in another order than the model has them. `weight`
+    then keeps the file's order, so that it can stay the file's own pages; rows are put in order when they are
+    decoded, and in state dicts.
+
     Args:
         shape: (out, in).
         block_type: GGML's name.
@@ -381,13 +456,39 @@ class GgufLeaf(QuantizedLeaf):
     def __init__(self, shape: tuple[int, int], block_type: str, dtype: torch.dtype) -> None:
         super().__init__(shape, block_type, dtype)
         self._fixed("weight", (shape[0], row_bytes(block_type, shape[1])), torch.uint8)
+        # Where in `weight` each row of the model lies; None where all are in order.
+        self._order: torch.Tensor | None = None
 
     def rows(self, part: Any, dtype: torch.dtype) -> torch.Tensor:
         """Return rows of the weight, decoded as GGML does."""
-        if isinstance(part, torch.Tensor):
-            flat = self.weight[part.reshape(-1)]
-            return dequantize_blocks(flat, self.scheme, self.shape[1]).to(dtype).view(*part.shape, -1)
-        return dequantize_blocks(self.weight[part], self.scheme, self.shape[1]).to(dtype)
+        where = part.reshape(-1) if isinstance(part, torch.Tensor) else part
+        if self._order is not None:
+            where = self._order[where]
+        values = dequantize_blocks(self.weight[where], self.scheme, self.shape[1]).to(dtype)
+        return values.view(*part.shape, -1) if isinstance(part, torch.Tensor) else values
+
+    def lies_in_order(self, order: torch.Tensor) -> None:
+        """Note that the rows of `weight` lie in another order than the model's.
+
+        Args:
+            order: int64 [out], for each of the model's rows where it lies.
+        """
+        self._order = order
+
+    def use_stored_layout(self) -> None:
+        """Put the rows in order, in memory of their own where they are not."""
+        if self._order is not None:
+            self.weight = _fixed(self.weight.detach()[self._order])
+            self._order = None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._order is not None:
+            destination[f"{prefix}weight"] = self.weight.detach()[self._order]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.use_stored_layout()
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 class GgufLinear(GgufLeaf, Dense):

@@ -31,19 +31,21 @@ _TILE = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A quantized weight.
+    """A quantized weight, in a form of `pretrained.core.integer_form`.
 
     Attributes:
         weight: [out, in] int8, or [out, in / 2] uint8.
-        scale: bfloat16, [out] or [out, in / group].
-        zero: As `scale`, or None for symmetric forms.
+        scale: [out] or [out, in / group]; bfloat16 where this library has rounded.
+        zero: Offsets or zero points, [out, in / group]; None for symmetric forms.
         error: Root-mean-square error relative to the weight's root mean square.
+        order: int32 [in], the input of each stored column; None where they are in order.
     """
 
     weight: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor | None
     error: float
+    order: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Packed:
         """Return it on a device.
@@ -52,7 +54,19 @@ class Packed:
             device: Where.
         """
         zero = None if self.zero is None else self.zero.to(device)
-        return Packed(self.weight.to(device), self.scale.to(device), zero, self.error)
+        order = None if self.order is None else self.order.to(device)
+        return Packed(self.weight.to(device), self.scale.to(device), zero, self.error, order)
+
+    def part(self, name: str) -> torch.Tensor:
+        """Return one of its tensors by the name it has in a layer.
+
+        Args:
+            name: ``"weight"``, ``"weight_scale"``, ``"weight_zero"`` or ``"weight_order"``.
+        """
+        names = {"weight_scale": self.scale, "weight_zero": self.zero, "weight_order": self.order}
+        tensor = self.weight if name == "weight" else names[name]
+        assert tensor is not None
+        return tensor
 
 
 def quantize(

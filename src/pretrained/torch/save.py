@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import logging
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from pretrained.core.atomic_files import errors_with_mend
+from pretrained.core.disk_space import free_bytes
 from pretrained.core.weights_names import candidates
 from pretrained.core.writer import plan_shards, write_checkpoint
 from pretrained.errors import ArgumentError, FileError, NotYetError, UnknownArgumentError, did_you_mean
@@ -239,9 +241,10 @@ def _pickle_writer(
         try:
             save_function(shard, str(file))
         except RuntimeError as error:  # torch's writer says so of a full disk
-            raise FileError(
-                "Writing failed; what was there before is intact", where=file.parent, found=str(error)
-            ) from error
+            needed = sum(tensor.nbytes for tensor in shard.values())
+            free = free_bytes(file)
+            full = free is not None and free < needed
+            raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
         if not file.is_file():
             raise ArgumentError(
                 "save_function did not write the file that it was given",

@@ -12,11 +12,13 @@ import torch
 
 from pretrained.core.budgets import DISK
 from pretrained.core.checkpoint import Checkpoint
-from pretrained.core.plan import LoadPlan
+from pretrained.core.plan import LoadPlan, LoadStep
 from pretrained.core.quantization import QuantizationConfig
 from pretrained.core.reader import release_pages
 from pretrained.errors import NotYetError
+from pretrained.torch.offload_folder import Form
 from pretrained.torch.quantize import quantized_leaves, use_kernel_layouts
+from pretrained.torch.quantized import IntegerLeaf
 from pretrained.torch.tensors import TORCH_DTYPES, Read
 
 
@@ -33,6 +35,15 @@ class Quantizer:
     def __init__(self, dtype: str | None = None) -> None:
         self.dtype = dtype
         self.errors: dict[str, float] = {}
+
+    def view(self, model: Any, checkpoint: Checkpoint) -> Checkpoint:
+        """Return the checkpoint as the rest of the load sees it; the first question of all.
+
+        Args:
+            model: Without memory.
+            checkpoint: What the files hold.
+        """
+        return checkpoint
 
     def prepare(self, model: Any, checkpoint: Checkpoint) -> None:
         """Change the empty model before the load is planned.
@@ -67,6 +78,14 @@ class Quantizer:
                 if name != "bias":
                     found[f"{path}.{name}"] = value.numel() * value.element_size()
         return found
+
+    def forms(self, steps: Iterable[LoadStep]) -> dict[str, Form]:
+        """Return, of weights that go to disk, those that become more than one tensor there.
+
+        Args:
+            steps: What is placed on disk.
+        """
+        return {}
 
     def check_homes(self, homes: Iterable[Any]) -> None:
         """Refuse a placement that the weights cannot have.
@@ -120,6 +139,22 @@ class Quantizing(Quantizer):
     def torch_dtype(self) -> torch.dtype:
         """Dtype that stands for the weights in layers that are quantized."""
         return TORCH_DTYPES[self.dtype or "float32"]
+
+
+def copy_form(path: str, leaf: IntegerLeaf) -> Form:
+    """Return what a copy of a weight on disk consists of.
+
+    Args:
+        path: The layer's.
+        leaf: The layer.
+    """
+    form, tensors = leaf.form, leaf.form.tensors(leaf.shape)
+    facts = (form.group_size, form.zero, form.scale_dtype, form.is_ordered)
+    return Form(
+        # The number tells the copies of another way of rounding apart: it goes up when `quantize` changes.
+        f"{form.method} {' '.join(map(str, facts))} v1",
+        {f"{path}.{name}": (dtype, shape) for name, (shape, dtype) in tensors.items()},
+    )
 
 
 def let_go(view: torch.Tensor) -> None:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,7 +18,7 @@ from pretrained.core.plan import LoadPlan, LoadStep
 from pretrained.errors import ArgumentError
 from pretrained.torch.nn import Conv1D
 from pretrained.torch.quantize import block_types_of, gguf_leaf, put
-from pretrained.torch.quantizers.base import Quantizing, let_go
+from pretrained.torch.quantizers.base import Quantizing
 from pretrained.torch.tensors import TORCH_DTYPES, Read
 
 
@@ -34,9 +36,8 @@ class Blocks(Quantizing):
             )
 
     def wrap(self, model: Any, plan: LoadPlan, read: Read) -> tuple[LoadPlan, Read]:
-        """Put leaves in, and read their weights as rows of bytes."""
+        """Put leaves in, and read their weights as rows of bytes, as they lie in the file."""
         steps, users = [], _users(plan)
-        reorder: dict[str, RowUnpermute] = {}
         for step in plan.steps:
             paths = users.get(step.key, ())
             modules = [model.get_submodule(path) for path in paths]
@@ -44,22 +45,16 @@ class Blocks(Quantizing):
                 steps.append(step)
                 continue
             for path, module in zip(paths, modules, strict=True):
-                put(model, path, gguf_leaf(module, step.source.dtype, TORCH_DTYPES[step.dtype]))
+                leaf = gguf_leaf(module, step.source.dtype, TORCH_DTYPES[step.dtype])
+                # A transposed layer keeps the file's order: the leaf multiplies the usual way round.
+                if isinstance(step.apply, RowUnpermute):
+                    leaf.lies_in_order(torch.from_numpy(step.apply(np.arange(leaf.shape[0]))))
+                put(model, path, leaf)
             steps.append(_as_rows(step))
-            # A transposed layer keeps the file's order: the leaf multiplies the usual way round.
-            if isinstance(step.apply, RowUnpermute):
-                reorder[step.key] = step.apply
+        return dataclasses.replace(plan, steps=tuple(steps)), read
 
-        def read_rows(step: LoadStep, device: torch.device) -> torch.Tensor:
-            rows = read(step, device)
-            if step.key not in reorder:
-                return rows
-            ordered = torch.from_numpy(reorder[step.key](rows.cpu().numpy())).to(device)
-            if self.is_mapped and rows.device.type == "cpu":
-                let_go(rows)
-            return ordered
-
-        return dataclasses.replace(plan, steps=tuple(steps)), read_rows
+    def check_homes(self, homes: Iterable[Any]) -> None:
+        """Allow the disk: blocks are used as they lie in their file."""
 
     def finish(self, model: Any) -> None:
         """Note the type of each layer in the config: the bytes alone do not tell."""
@@ -84,7 +79,7 @@ def _keepable(step: LoadStep, modules: list[nn.Module]) -> bool:
 
 
 def _as_rows(step: LoadStep) -> LoadStep:
-    """Return a step that reads packed rows as bytes; only their order may change."""
+    """Return a step that reads packed rows as bytes, in the file's order."""
     info = step.source
     rows = dataclasses.replace(info, dtype="uint8", shape=(info.shape[0], info.nbytes // info.shape[0]))
     return LoadStep(step.key, rows, "uint8", None, rows.shape)

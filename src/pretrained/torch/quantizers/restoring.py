@@ -11,9 +11,9 @@ from torch import nn
 
 from pretrained.core.checkpoint import Checkpoint, TensorInfo
 from pretrained.core.ggml import DEQUANTIZABLE
+from pretrained.core.integer_form import IntegerForm
 from pretrained.core.keys import match_keys
 from pretrained.core.plan import LoadPlan
-from pretrained.core.quantization import QuantizationConfig
 from pretrained.errors import ArgumentError, WeightsError
 from pretrained.torch.nn import Conv1D
 from pretrained.torch.quantize import (
@@ -27,6 +27,8 @@ from pretrained.torch.quantize import (
 )
 from pretrained.torch.quantizers.base import Quantizing
 from pretrained.torch.tensors import Read
+
+_SCALE_DTYPES = ("bfloat16", "float16", "float32")
 
 
 class Restoring(Quantizing):
@@ -62,28 +64,42 @@ class Restoring(Quantizing):
         ).sources
         leaves: dict[str, Any] = {}
         for path, module in modules.items():
-            scale = found.get(f"{path}.weight_scale")
-            if scale is None:
+            if f"{path}.weight_scale" not in found or f"{path}.weight" not in found:
                 continue
-            weight = checkpoint.tensors[found[f"{path}.weight"]]
-            zero = found.get(f"{path}.weight_zero")
-            config = self._scheme(weight, checkpoint.tensors[scale], zero is not None)
-            leaves[path] = integer_leaf(module, config, self.torch_dtype)
+            tensors = {
+                name: checkpoint.tensors[found[f"{path}.{name}"]]
+                for name in ("weight", *SCALES)
+                if f"{path}.{name}" in found
+            }
+            leaves[path] = integer_leaf(module, self._form(tensors), self.torch_dtype)
         for one, other in module_ties(model).items():
             for here, there in ((one, other), (other, one)):
                 if there in leaves and here not in leaves and here in modules:
-                    leaves[here] = integer_leaf(modules[here], leaves[there].config, self.torch_dtype)
+                    leaves[here] = integer_leaf(modules[here], leaves[there].form, self.torch_dtype)
         return leaves
 
-    def _scheme(self, weight: TensorInfo, scale: TensorInfo, has_zero: bool) -> QuantizationConfig:
-        """Read a layer's scheme off its tensors."""
-        if weight.dtype == "int8" and len(scale.shape) == 1:
-            return dataclasses.replace(self.config, quant_method="int8", group_size=None, symmetric=True)
-        if weight.dtype == "uint8" and len(weight.shape) == len(scale.shape) == 2 and scale.shape[1]:
-            size = 2 * weight.shape[1] // scale.shape[1]
-            return dataclasses.replace(
-                self.config, quant_method="int4", group_size=size, symmetric=not has_zero
+    def _form(self, tensors: Mapping[str, TensorInfo]) -> IntegerForm:
+        """Read a layer's form off its tensors."""
+        weight, scale = tensors["weight"], tensors["weight_scale"]
+        zero = tensors.get("weight_zero")
+        bits = {"int8": 8, "uint8": 4}.get(weight.dtype, 0)
+        if bits and len(weight.shape) == 2 and scale.dtype in _SCALE_DTYPES and 0 not in scale.shape:
+            columns = weight.shape[1] * 8 // bits
+            groups = scale.shape[1] if len(scale.shape) == 2 else 1
+            form = IntegerForm(
+                bits=bits,
+                group_size=None if len(scale.shape) == 1 else columns // groups,
+                zero=None if zero is None else "offset" if zero.dtype == scale.dtype else "point",
+                scale_dtype=scale.dtype,
+                is_ordered="weight_order" in tensors,
+                compute_dtype=self.config.compute_dtype,
             )
+            expected = form.tensors((weight.shape[0], columns))
+            if all(
+                name in tensors and (tensors[name].shape, tensors[name].dtype) == expected[name]
+                for name in expected
+            ):
+                return form
         raise WeightsError(
             "This tensor is in no form that a quantized layer is saved in",
             where=weight.key,

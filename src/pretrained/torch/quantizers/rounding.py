@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,14 +13,26 @@ from pretrained.core.dtypes import DTYPES
 from pretrained.core.plan import LoadPlan, LoadStep
 from pretrained.core.quantization import QuantizationConfig
 from pretrained.torch.nn import Conv1D
+from pretrained.torch.offload_folder import Form
 from pretrained.torch.quantize import integer_leaf, module_ties, put, select
 from pretrained.torch.quantized_ops import quantize
-from pretrained.torch.quantizers.base import Quantizing, let_go
+from pretrained.torch.quantizers.base import Quantizing, copy_form, let_go
 from pretrained.torch.tensors import TORCH_DTYPES, Read
 
 
 class Rounding(Quantizing):
-    """Quantizes each weight when it is read, a piece at a time, straight from the mapped file."""
+    """Quantizes each weight when it is read, a piece at a time, straight from the mapped file.
+
+    Attributes:
+        scratch: Reads weights that are decoded first and dropped then, into memory that they share with no
+            weight that stays; None where weights are in no file.
+    """
+
+    scratch: Read | None = None
+
+    def __init__(self, config: QuantizationConfig, dtype: str | None, *, is_mapped: bool = False) -> None:
+        super().__init__(config, dtype, is_mapped=is_mapped)
+        self._forms: dict[str, Form] = {}
 
     def wrap(self, model: Any, plan: LoadPlan, read: Read) -> tuple[LoadPlan, Read]:
         """Put leaves in, and read their weights as `Packed`."""
@@ -33,15 +46,18 @@ class Rounding(Quantizing):
             if step is None or (self.dtype is not None and step.dtype != self.dtype):
                 continue
             module = model.get_submodule(path)
-            put(model, path, integer_leaf(module, config, TORCH_DTYPES[step.dtype]))
+            leaf = integer_leaf(module, config, TORCH_DTYPES[step.dtype])
+            put(model, path, leaf)
             schemes[f"{path}.weight"] = (config, isinstance(module, Conv1D))
+            self._forms[f"{path}.weight"] = copy_form(path, leaf)
 
         def read_packed(step: LoadStep, device: torch.device) -> Any:
             if step.key not in schemes:
                 return read(step, device)
             config, transposed = schemes[step.key]
             stored = _as_stored(step)
-            values = read(stored, torch.device("cpu"))
+            used = read if self.scratch is None or (stored.is_view and self.is_mapped) else self.scratch
+            values = used(stored, torch.device("cpu"))
             packed = quantize(values, config, key=step.key, transposed=transposed)
             if self.is_mapped and stored.is_view:
                 let_go(values)
@@ -49,6 +65,13 @@ class Rounding(Quantizing):
             return packed.to(device)
 
         return plan, read_packed
+
+    def forms(self, steps: Iterable[LoadStep]) -> dict[str, Form]:
+        """Return integers and scales of the weights that this load quantizes."""
+        return {step.key: self._forms[step.key] for step in steps if step.key in self._forms}
+
+    def check_homes(self, homes: Iterable[Any]) -> None:
+        """Allow the disk: what is quantized goes there through the offload folder."""
 
 
 def _as_stored(step: LoadStep) -> LoadStep:

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of other libraries' formats: name in config.json -> how its weights are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from pretrained.torch.quantizers.foreign import ForeignFormat
+
+FORMATS: Final[Mapping[str, type[ForeignFormat[Any]]]] = {}
