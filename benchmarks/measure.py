@@ -15,6 +15,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -102,6 +103,8 @@ class Comparison:
         failures: Side, then how it failed, for sides that may.
         runs: Rounds that count.
         measured: Date and time, UTC.
+        disturbance: Processor cores that other processes took meanwhile, on average; None where the system
+            does not say.
         note: What a reader has to know.
     """
 
@@ -112,6 +115,7 @@ class Comparison:
     failures: dict[str, str] = field(default_factory=dict)
     runs: int = 0
     measured: str = ""
+    disturbance: float | None = None
     note: str = ""
 
 
@@ -137,6 +141,7 @@ def compare(
     sides = {name: side if isinstance(side, Side) else Side(side) for name, side in sides.items()}
     failures: dict[str, str] = {}
     rounds = []
+    before = _clocks()
     for index in range(warmups + runs):
         found: Round = {}
         for name, side in sides.items():
@@ -144,9 +149,13 @@ def compare(
                 found[name] = _run(side, name, found, failures)
         if index >= warmups:
             rounds.append(found)
-    now = datetime.datetime.now(datetime.UTC)
     result = Comparison(
-        claim, failures=failures, runs=runs, measured=f"{now:%Y-%m-%d %H:%M}", note=" ".join(note.split())
+        claim,
+        failures=failures,
+        runs=runs,
+        measured=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}",
+        disturbance=_disturbance(before, _clocks()),
+        note=" ".join(note.split()),
     )
     names = [name for name in sides if name not in failures]
     for name in names:
@@ -177,6 +186,27 @@ def _run(side: Side, name: str, found: Round, failures: dict[str, str]) -> dict[
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     failures[name] = "killed by the system" if killed else last[:200]
     return {}
+
+
+def _clocks() -> tuple[float, float, float] | None:
+    """Return seconds: now, of work of all processors, and of this process and those it waited for."""
+    try:
+        fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _idle, _waiting, *interrupts = (int(field) for field in fields[:8])
+    ours = os.times()
+    busy = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+    return time.monotonic(), busy, sum(ours[:4])
+
+
+def _disturbance(
+    before: tuple[float, float, float] | None, after: tuple[float, float, float] | None
+) -> float | None:
+    if before is None or after is None or after[0] - before[0] < 1:
+        return None
+    seconds, busy, ours = (late - early for early, late in zip(before, after, strict=True))
+    return round(max(0.0, busy - ours) / seconds, 2)
 
 
 def _plainly(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

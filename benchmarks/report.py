@@ -32,6 +32,8 @@ _COLUMNS = {
 }
 # Figures of which more is better.
 _HIGHER = ("tokens_per_s",)
+# Cores that others may take before it is said: the kernel's own work, such as reading ahead, is in it.
+_QUIET = 0.3
 # Differences that a repetition may undo.
 _NOISE = 1.05
 
@@ -116,7 +118,7 @@ def _row(result: Comparison) -> str:
     shown = [name for name in _COLUMNS if any(name in held for held in result.figures.values())]
     lines = [f"### {result.claim}", ""]
     if shown and result.runs:
-        lines += [f"Medians of {result.runs} rounds.", ""]
+        lines += [_wrap(f"Medians of {result.runs} rounds, {result.measured}.{_disturbed(result)}"), ""]
     if shown:
         lines += [
             f"| | {' | '.join(_COLUMNS[name] for name in shown)} |",
@@ -135,6 +137,15 @@ def _row(result: Comparison) -> str:
     if result.note:
         lines += ["", _wrap(result.note)]
     return "\n".join(lines)
+
+
+def _disturbed(result: Comparison) -> str:
+    if result.disturbance is None or result.disturbance <= _QUIET:
+        return ""
+    return (
+        f" **The machine was not quiet**: other work took {result.disturbance:.1f} cores meanwhile, so "
+        "seconds are too long and ratios uncertain."
+    )
 
 
 def _cell(name: str, figure: Figure | None) -> str:

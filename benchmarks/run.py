@@ -61,6 +61,8 @@ def show(result: Comparison) -> None:
             print(line if side == OURS or ratio is None else f"{line}   ours / this {ratio:.3g}")
     for side, failure in result.failures.items():
         print(f"  {side}: {failure}")
+    if result.disturbance:
+        print(f"  other work took {result.disturbance:.1f} cores meanwhile")
     for verdict in result.verdicts:
         print(f"  {outcome(verdict)}: {verdict.text} ({reached(verdict)})", flush=True)
 

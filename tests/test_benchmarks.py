@@ -93,6 +93,23 @@ def test_a_program_runs_in_a_process_of_its_own_after_its_preparation(bench):
     assert found.figures["twice"]["total_s"].median == 6.0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/stat")
+def test_what_others_take_of_the_processors_is_noticed(bench):
+    spin = "import time; end = time.monotonic() + {}\nwhile time.monotonic() < end: pass"
+    before = bench.measure._clocks()
+    assert bench.measure._disturbance(before, before) is None
+    subprocess.run([sys.executable, "-c", spin.format(1.0)], check=True)
+    alone = bench.measure._disturbance(before, bench.measure._clocks())
+    other = subprocess.Popen([sys.executable, "-c", spin.format(3.0)])
+    before = bench.measure._clocks()
+    while (now := bench.measure._clocks())[0] - before[0] < 1.2:
+        pass
+    disturbed = bench.measure._disturbance(before, now)
+    # What we waited for is ours; what still runs is not. Others may be at work, so no upper bounds.
+    assert alone is not None and disturbed is not None and disturbed > 0.2
+    other.wait()
+
+
 def test_a_failure_ends_the_benchmark_or_is_a_finding(bench):
     m = bench.measure
     with pytest.raises(SystemExit, match=r"(?s)'ours' failed.*ZeroDivisionError"):
@@ -280,7 +297,7 @@ def made_up(bench):
     verdicts = [m.Verdict("half of <peer>", "total_s", "transformers", 2.0, 0.5, None, False)]
     failures = {"other": "killed by the system"}
     ratios = {"transformers": {"total_s": 2.0}}
-    return m.Comparison("a & b", figures, ratios, verdicts, failures, 3, "2020-01-02 03:04", "A note.")
+    return m.Comparison("a & b", figures, ratios, verdicts, failures, 3, "2020-01-02 03:04", 1.26, "A note.")
 
 
 def test_the_page_says_where_we_lose(bench):
@@ -291,6 +308,7 @@ def test_the_page_says_where_we_lose(bench):
     assert "| ours | 2.00 s [1.50 to 2.50 s] | 1.00 GB |" in text
     assert "| transformers | 1.00 s |  |" in text and "| other | killed by the system | |" in text
     assert "A note." in text
+    assert "**The machine was not quiet**: other work took 1.3 cores meanwhile" in text
     page = bench.report.put(f"above\n{bench.report.BEGIN}\nold\n{bench.report.END}\nbelow\n", text)
     assert page.startswith("above\n") and page.endswith("\nbelow\n") and "old" not in page and text in page
     with pytest.raises(SystemExit, match="lacks its markers"):
