@@ -29,11 +29,11 @@ from pretrained.torch.quantized_ops import (
     from_kernel_layout,
     kernel_block,
     pack_nibbles,
-    quantize,
     to_kernel_layout,
     unpack_nibbles,
 )
 from pretrained.torch.quantizers import rounding as quantizing
+from pretrained.torch.rounding import quantize
 
 SIZES = {
     LlamaForCausalLM: {
@@ -161,7 +161,7 @@ def test_error_of_normal_weights_is_bounded_and_reported_truly(config, bound):
 def test_pieces_and_layouts_change_nothing(config, dtype, monkeypatch):
     weight = torch.randn(80, 256, generator=torch.Generator().manual_seed(2)).to(dtype)
     whole = quantize(weight, config)
-    monkeypatch.setattr("pretrained.torch.quantized_ops.CHUNK", 1024)
+    monkeypatch.setattr("pretrained.torch.rounding.TILE", 1024)
     pieces = quantize(weight.t().contiguous(), config, transposed=True)
     assert torch.equal(whole.weight, pieces.weight)
     assert torch.equal(whole.scale, pieces.scale)
@@ -221,6 +221,27 @@ def test_kernel_layout_and_back(rows):
     packed = to_kernel_layout(pack_nibbles(q))
     assert packed.shape == (rows, 32)
     assert torch.equal(from_kernel_layout(packed), q.view(torch.int8))
+    # Torch's own packer, from whose results the layout is recognised.
+    want = torch._convert_weight_to_int4pack_for_cpu(q.to(torch.int32), 1)
+    assert torch.equal(packed.view(-1), want.view(-1))
+
+
+@needs_kernel
+@pytest.mark.parametrize("config", [config for config, _ in BOUNDS if config.bits == 4])
+@pytest.mark.parametrize("rows", [16, 144, 256])
+@pytest.mark.parametrize("tile", [1 << 12, 1 << 18])
+def test_quantizing_into_the_kernels_layout(config, rows, tile, monkeypatch):
+    monkeypatch.setattr("pretrained.torch.rounding.TILE", tile)
+    weight = torch.randn(rows, 256, generator=torch.Generator().manual_seed(5)).bfloat16()
+    stored, ready = quantize(weight, config), quantize(weight, config, for_kernel=True)
+    assert torch.equal(ready.weight, to_kernel_layout(stored.weight))
+    assert torch.equal(ready.scale, stored.scale)
+    assert stored.zero is None or torch.equal(ready.zero, stored.zero)
+    leaf = QuantizedLinear(256, rows, config, bias=False)
+    leaf.fill(ready)
+    assert leaf.kernel(torch.ones(1, 256)) == "int4pack"
+    state = leaf.state_dict()
+    assert torch.equal(state["weight"], stored.weight) and torch.equal(state["weight_scale"], stored.scale)
 
 
 @pytest.mark.parametrize("config", [config for config, _ in BOUNDS])

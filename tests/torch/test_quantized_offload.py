@@ -267,7 +267,8 @@ import re, sys, torch
 from pathlib import Path
 from pretrained import LlamaForCausalLM
 from pretrained.core.quantization import QuantizationConfig
-from pretrained.torch.quantized_ops import kernel_block, quantize
+from pretrained.torch.quantized_ops import kernel_block
+from pretrained.torch.rounding import quantize
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

@@ -16,11 +16,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from pretrained.core.checkpoint import Checkpoint, TensorInfo
+from pretrained.core.file_state import states_of
 from pretrained.core.gguf import read_gguf
 from pretrained.core.safetensors_file import read_safetensors_header
 from pretrained.core.torch_pickle import read_torch_checkpoint
@@ -157,9 +158,12 @@ def open_checkpoint(weights: WeightsFiles | Path) -> Checkpoint:
     """
     if isinstance(weights, Path):
         weights = find_weights(weights) if weights.is_dir() else _from_file(weights)
+    states = states_of(weights.files)
     parts = [_READERS[weights.format](file) for file in weights.files]
+    # A GGUF file may name others.
+    states = states_of(file for part in parts for file in part.files) | states
     if weights.index is None or weights.weights_index is None:
-        return parts[0]
+        return replace(parts[0], states=states)
     tensors = _merge_tensors(parts)
     _check_against_index(tensors, weights.weights_index, index=weights.index)
     return Checkpoint(
@@ -168,6 +172,7 @@ def open_checkpoint(weights: WeightsFiles | Path) -> Checkpoint:
         format=weights.format,
         framework=_common_framework(parts),
         metadata=_merge_metadata(parts) | {"index": dict(weights.weights_index.metadata)},
+        states=states,
     )
 
 

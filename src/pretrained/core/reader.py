@@ -20,6 +20,7 @@ import os
 import sys
 import threading
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Final
@@ -29,6 +30,7 @@ import numpy.typing as npt
 
 from pretrained.core.checkpoint import TensorInfo
 from pretrained.core.dtypes import DTYPES
+from pretrained.core.file_state import FileState, replaced
 from pretrained.core.ggml import dequantize
 from pretrained.core.untrusted import DOWNLOAD_AGAIN, open_regular, read_at
 from pretrained.errors import CheckpointError, PretrainedError
@@ -49,9 +51,17 @@ class MappedFiles:
 
     A file that cannot be mapped, as on some network file systems, is read instead, span by span; everything
     else stays the same.
+
+    Args:
+        expected: What files were like when their headers were read, to refuse those that are not any more.
+
+    Attributes:
+        states: What files were like when they were mapped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, expected: Mapping[Path, FileState] | None = None) -> None:
+        self._expected = expected or {}
+        self.states: dict[Path, FileState] = {}
         # None stands for a file that cannot be mapped.
         self._maps: dict[Path, memoryview | None] = {}
         self._lock = threading.Lock()
@@ -91,7 +101,14 @@ class MappedFiles:
         with self._lock:
             if file not in self._maps:
                 with open_regular(file) as (opened, size):
+                    state = FileState.of(opened.fileno())
+                    expected = self._expected.get(file, state)
+                    # One that has become too short is told by the tensor that it lacks.
+                    if state != expected and size >= expected.size:
+                        raise replaced(file)
                     self._maps[file] = _map(opened, size)
+                    if self._maps[file] is not None:
+                        self.states[file] = state
             return self._maps[file]
 
     def is_mapped(self, file: Path) -> bool:

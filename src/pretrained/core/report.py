@@ -26,6 +26,7 @@ class LoadReport:
         dtypes: Stored dtype -> loaded dtype -> number of tensors.
         quantized: Layers that this load has quantized -> root-mean-square error of the weight, relative
             to its root mean square.
+        notes: What else a user may want to know: one sentence each.
         nbytes_read: Bytes of the files that were used.
         load_s: Seconds from the call to the ready model.
     """
@@ -39,6 +40,7 @@ class LoadReport:
     errors: tuple[str, ...] = ()
     dtypes: Mapping[tuple[str, str], int] = field(default_factory=dict)
     quantized: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     nbytes_read: int = 0
     load_s: float = 0.0
 
@@ -75,7 +77,7 @@ class LoadReport:
         if (worst := self.worst_quantized) is not None:
             count, (layer, error) = len(self.quantized), worst
             lines.append(f"  {count} layers quantized; largest relative error {error:.2%}, {layer}")
-        lines += [f"  {message}" for message in self.errors]
+        lines += [f"  {message}" for message in (*self.notes, *self.errors)]
         return "\n".join(lines)
 
 

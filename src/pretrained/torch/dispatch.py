@@ -219,6 +219,7 @@ def leave(model: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> 
 
     Raises:
         PlacementError: the memory for the weights on disk is not there; nothing has changed then.
+        CheckpointError: a file that weights on disk lie in was changed.
     """
     dispatch = model.__dict__.get("_dispatch")
     if dispatch is None:
@@ -226,8 +227,10 @@ def leave(model: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> 
     need, seen = 0, set()
     device = convert(next(model.parameters()).detach().view(-1)[:1]).device
     for tensor in (*model.parameters(), *model.buffers()):
-        if dispatch.store.span_of(tensor.data) is None or tensor.data_ptr() in seen:
+        span = dispatch.store.span_of(tensor.data)
+        if span is None or tensor.data_ptr() in seen:
             continue
+        span.file.check()
         seen.add(tensor.data_ptr())
         probe = convert(tensor.data.view(-1)[:1])
         if (probe.dtype, probe.device) != (tensor.dtype, tensor.device):

@@ -10,10 +10,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +22,8 @@ from pretrained.core.budgets import DISK, available_host_memory
 from pretrained.core.checkpoint import Checkpoint, TensorInfo
 from pretrained.core.config import PreTrainedConfig
 from pretrained.core.dtypes import DTYPES, floating_dtype_name
+from pretrained.core.file_state import FilesInUse
+from pretrained.core.keys import KeyRule
 from pretrained.core.options import LoadOptions, unknown_argument
 from pretrained.core.plan import LoadPlan, LoadPolicy, LoadStep, check_depth, plan_load
 from pretrained.core.prefetch import Prefetch
@@ -49,6 +49,7 @@ from pretrained.torch.load_sources import (
     read_generation_config,
     read_model_config,
 )
+from pretrained.torch.mapped_mixin import files_in_use
 from pretrained.torch.offload import DiskWeights
 from pretrained.torch.place import (
     blocks_of,
@@ -61,10 +62,11 @@ from pretrained.torch.place import (
     write_new,
 )
 from pretrained.torch.quantize import all_ties, packed_keys
-from pretrained.torch.quantized import IntegerLeaf
-from pretrained.torch.quantized_ops import Packed
+from pretrained.torch.quantized import IntegerLeaf, MadeWeight
 from pretrained.torch.quantizers.base import Quantizer
 from pretrained.torch.quantizers.choose import quantizer_for
+from pretrained.torch.rounding import Packed
+from pretrained.torch.serial_threads import serial_pool
 from pretrained.torch.tensors import TORCH_DTYPES, Read, dtype_name_of, mapped_reader, state_dict_reader
 from pretrained.torch.ties import settle_ties
 
@@ -94,6 +96,7 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     check_generation_config(options.generation_config)
     source = find_source(path, options)
     checkpoint = open_weights(source, options)
+    states = checkpoint.states
     config, kwargs = read_model_config(cls, source, checkpoint, options, kwargs)
     check_depth(config, checkpoint, path)
     dtype = resolve_dtype(options.dtype, config, checkpoint)
@@ -108,20 +111,25 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     plan = plan_load(
         checkpoint,
         skeleton,
-        policy_of(model, options, dtype),
+        policy_of(model, options, dtype, quantizer.rules),
         layouts=layouts_of(checkpoint),
         source=path,
     )
     model.generation_config = read_generation_config(model, source, options)
     read = None if options.state_dict is None else state_dict_reader(options.state_dict)
-    files = MappedFiles() if options.state_dict is None else None
+    files = MappedFiles(states) if options.state_dict is None else None
     if device is not None:
+        quantizer.is_resident = True
         plan, read = quantizer.wrap(model, plan, read or mapped_reader(files, copy_all=options.disable_mmap))
-        execute(model, plan, device, read, options.progress, files=files, dtype=dtype)
+        computes = quantizer.is_active
+        execute(model, plan, device, read, options.progress, files=files, dtype=dtype, computes=computes)
     else:
         plan = execute_placed(model, plan, skeleton, read, files, options, dtype, quantizer)
+    # What was changed while it was read is not trusted, wherever its weights went.
+    FilesInUse(states).check("while it was being loaded")
     config.dtype = dtype_name_of(model.dtype)
     model._checkpoint_names = dict(plan.renamed)
+    model._files_in_use = None if files is None or options.disable_mmap else files_in_use(model, plan, files)
     quantizer.finish(model)
     model.eval()
     if options.device_map is not None and device is not None:
@@ -135,6 +143,7 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
         dropped=plan.dropped,
         dtypes=plan.dtypes,
         quantized=quantizer.errors,
+        notes=tuple(quantizer.notes),
         nbytes_read=plan.nbytes_to_read,
         load_s=time.perf_counter() - started,
     )
@@ -253,13 +262,16 @@ def skeleton_of(module: nn.Module) -> Skeleton:
     return Skeleton(params, {alias: owner for alias, owner in ties.items() if alias in params}, derived)
 
 
-def policy_of(model: Any, options: LoadOptions, dtype: str | None) -> LoadPolicy:
+def policy_of(
+    model: Any, options: LoadOptions, dtype: str | None, rules: Sequence[KeyRule] = ()
+) -> LoadPolicy:
     """Return the planner's view of a model class and a call.
 
     Args:
         model: A model, with or without memory.
         options: The call's wishes.
         dtype: Name of the dtype to load as; None keeps each tensor's own.
+        rules: Further key rules, for these files.
     """
     return LoadPolicy(
         dtype=dtype,
@@ -270,7 +282,7 @@ def policy_of(model: Any, options: LoadOptions, dtype: str | None) -> LoadPolicy
         silent_missing=tuple(model._keys_to_ignore_on_load_missing or ()),
         silent_unexpected=tuple(model._keys_to_ignore_on_load_unexpected or ()),
         key_mapping=options.key_mapping,
-        rules=tuple(model.key_rules),
+        rules=(*model.key_rules, *rules),
         base_prefix=model.base_model_prefix,
         allow_missing=options.allow_missing,
         packed=packed_keys(model),
@@ -286,6 +298,7 @@ def execute(
     *,
     files: MappedFiles | None = None,
     dtype: str | None = None,
+    computes: bool = False,
 ) -> None:
     """Carry a plan out on a model built empty.
 
@@ -297,6 +310,7 @@ def execute(
         progress: As `LoadOptions.progress`.
         files: The maps that `read` reads from, to read ahead of it; None where it reads from none.
         dtype: Dtype of weights that are initialised; None for the one most loaded weights have.
+        computes: Whether reading takes work even where nothing is cast: weights are quantized on the way.
     """
     homes = device if isinstance(device, Homes) else Homes({"": home_name(device)}, device)
     buffers = buffers_of(model)
@@ -307,7 +321,7 @@ def execute(
         return read(step, homes.resting(step.key, is_buffer=step.key in buffers))
 
     with reporting(progress, total, "loading") as report:
-        for step, tensor in _read_all(plan, read_home, ahead):
+        for step, tensor in _read_all(plan, read_home, ahead, computes):
             assign(model, step.key, tensor)
             done += step.source.nbytes
             report(done, total, "loading")
@@ -369,8 +383,8 @@ def execute_placed(
     new = check_new(plan, homes, buffers, folder)
     placed = on_disk(plan, homes, buffers, store, read, folder, quantizer, quantized)
     reader = placed_reader(quantized, homes, buffers, store)
-    usual = dtype or _usual_dtype(plan)
-    execute(model, placed, homes, reader, options.progress, files=files, dtype=usual)
+    usual, computes = dtype or _usual_dtype(plan), quantizer.is_active
+    execute(model, placed, homes, reader, options.progress, files=files, dtype=usual, computes=computes)
     if new and folder is not None:
         write_new(model, new, store, folder)
     attach(model, homes, store, skip_keys=getattr(model, "_skip_keys_device_placement", None) or ())
@@ -388,7 +402,7 @@ def buffers_of(model: nn.Module) -> frozenset[str]:
 
 
 def _read_all(
-    plan: LoadPlan, read: Callable[[LoadStep], torch.Tensor], ahead: Prefetch
+    plan: LoadPlan, read: Callable[[LoadStep], torch.Tensor], ahead: Prefetch, computes: bool
 ) -> Iterator[tuple[LoadStep, torch.Tensor]]:
     """Read every step, in file order; those that compute something side by side."""
 
@@ -399,11 +413,11 @@ def _read_all(
         return tensor
 
     with ahead:
-        if all(step.is_view for step in plan.steps):
+        if not computes and all(step.is_view for step in plan.steps):
             for step in plan.steps:
                 yield step, read_waited(step)
             return
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        with serial_pool() as pool:
             yield from zip(plan.steps, pool.map(read_waited, plan.steps), strict=True)
 
 
@@ -416,7 +430,7 @@ def _to_read(plan: LoadPlan, homes: Homes, buffers: frozenset[str]) -> list[Tens
     return [step.source for step in steps if fits or not step.is_view]
 
 
-def assign(model: nn.Module, key: str, tensor: torch.Tensor | Packed) -> None:
+def assign(model: nn.Module, key: str, tensor: torch.Tensor | Packed | MadeWeight) -> None:
     """Put a tensor where a key says, keeping whether it is trained.
 
     Args:
@@ -427,7 +441,9 @@ def assign(model: nn.Module, key: str, tensor: torch.Tensor | Packed) -> None:
     path, _, name = key.rpartition(".")
     module = model.get_submodule(path)
     old = module._parameters.get(name)
-    if isinstance(tensor, Packed):
+    if isinstance(tensor, MadeWeight):
+        module._parameters[name] = tensor.parameter
+    elif isinstance(tensor, Packed):
         assert isinstance(module, IntegerLeaf)
         module.fill(tensor)
     elif old is not None:

@@ -29,9 +29,10 @@ import numpy as np
 import torch
 
 from pretrained.core.checkpoint import TensorInfo
+from pretrained.core.file_state import changed
 from pretrained.core.plan import LoadStep
 from pretrained.core.reader import MappedFiles, release_pages
-from pretrained.errors import ArgumentError, CheckpointError, FileError, PlacementError
+from pretrained.errors import ArgumentError, FileError, PlacementError
 from pretrained.torch.tensors import TORCH_DTYPES
 
 logger = logging.getLogger(__name__)
@@ -80,15 +81,7 @@ class WatchedFile:
         now = self._look()
         if now == self._state:
             return
-        cut = now[0] < self._state[0]
-        raise CheckpointError(
-            f"A weights file was {'cut short' if cut else 'changed'} under a model that runs from it",
-            where=self.path,
-            expected=f"{self._state[0]} bytes, unchanged since the load",
-            found=f"{now[0]} bytes",
-            mend="Restore the file and load the model again. To update a checkpoint under a running model, "
-            "write new files and rename them into place, as save_pretrained does.",
-        )
+        raise changed(self.path, self._state[0], now[0], "under a model that runs from it")
 
 
 class Span:

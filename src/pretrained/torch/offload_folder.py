@@ -31,7 +31,7 @@ from pretrained.core.safetensors_file import read_safetensors_header
 from pretrained.core.writer import plan_shards, safetensors_layout, write_checkpoint
 from pretrained.errors import CheckpointError, FileError, PlacementError
 from pretrained.torch.offload import DiskWeights
-from pretrained.torch.quantized_ops import Packed
+from pretrained.torch.rounding import Packed
 from pretrained.torch.tensors import Read, dtype_name_of
 
 INDEX: Final = "pretrained-offload.json"

@@ -24,6 +24,7 @@ from pretrained.torch.quantized import (
     QuantizedLeaf,
     QuantizedLinear,
 )
+from pretrained.torch.stored_leaf import StoredLeaf
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def integer_leaf(
             leaf = QuantizedLinear(
                 columns, rows, config, bias=False, dtype=dtype, transposed=isinstance(module, Conv1D)
             )
-    return _dressed(leaf, module)
+    return dressed(leaf, module)
 
 
 def gguf_leaf(module: nn.Module, block_type: str, dtype: torch.dtype) -> GgufLeaf:
@@ -167,10 +168,16 @@ def gguf_leaf(module: nn.Module, block_type: str, dtype: torch.dtype) -> GgufLea
             leaf = GgufLinear(
                 columns, rows, block_type, bias=False, dtype=dtype, transposed=isinstance(module, Conv1D)
             )
-    return _dressed(leaf, module)
+    return dressed(leaf, module)
 
 
-def _dressed(leaf: Any, module: nn.Module) -> Any:
+def dressed(leaf: Any, module: nn.Module) -> Any:
+    """Return a leaf with the bias of the layer that it stands for.
+
+    Args:
+        leaf: Empty.
+        module: That layer.
+    """
     bias = getattr(module, "bias", None)
     if bias is not None:
         leaf.bias = bias
@@ -228,7 +235,11 @@ def all_ties(model: Any) -> dict[str, str]:
             leaf = model.get_submodule(path)
         except AttributeError:
             continue
-        if name == "weight" and isinstance(leaf, IntegerLeaf):
+        if name == "weight" and isinstance(leaf, StoredLeaf):
+            del ties[alias]
+            for part in leaf.form.tensors:
+                ties[f"{alias.removesuffix('weight')}{part}"] = f"{path}.{part}"
+        elif name == "weight" and isinstance(leaf, IntegerLeaf):
             for scale in SCALES:
                 if getattr(leaf, scale, None) is not None:
                     ties[f"{alias.removesuffix('weight')}{scale}"] = f"{path}.{scale}"

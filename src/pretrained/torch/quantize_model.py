@@ -12,7 +12,7 @@ from pretrained.core.quantization import QuantizationConfig
 from pretrained.torch.nn import Conv1D
 from pretrained.torch.quantize import integer_leaf, put, quantized_leaves, select, use_kernel_layouts
 from pretrained.torch.quantized import IntegerLeaf
-from pretrained.torch.quantized_ops import quantize
+from pretrained.torch.rounding import quantize
 
 
 def quantize_model(model: nn.Module, config: QuantizationConfig) -> dict[str, float]:

@@ -10,6 +10,7 @@ dequantizes and multiplies.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -24,7 +25,6 @@ from pretrained.torch.nn import Conv1D
 from pretrained.torch.quantized_ops import (
     KERNEL_ROWS,
     Dense,
-    Packed,
     QuantizedMatmul,
     dequantize_blocks,
     from_kernel_layout,
@@ -35,6 +35,7 @@ from pretrained.torch.quantized_ops import (
     to_kernel_layout,
     unpack_nibbles,
 )
+from pretrained.torch.rounding import Packed
 from pretrained.torch.tensors import TORCH_DTYPES
 
 # What int8pack reads at a time: with other widths it reads past the end of a row, and at addresses that do
@@ -46,6 +47,26 @@ _INT4_ROWS = 16
 _INT4_GROUPS = (256, 128, 64, 32)
 
 
+@dataclass(frozen=True, slots=True)
+class MadeWeight:
+    """A quantized weight that a library has made, in a class of its own, ready to stand in its layer.
+
+    Attributes:
+        parameter: The weight.
+    """
+
+    parameter: nn.Parameter
+
+    def to(self, device: torch.device) -> MadeWeight:
+        """Return the weight on a device.
+
+        Args:
+            device: Where to.
+        """
+        here = self.parameter.device == device
+        return self if here else MadeWeight(self.parameter.to(device))  # type: ignore[arg-type]
+
+
 class QuantizedLeaf(nn.Module):
     """What every quantized layer has.
 
@@ -53,12 +74,15 @@ class QuantizedLeaf(nn.Module):
         scheme: ``"int8"``, ``"int4"`` or a GGML type such as ``"q4_1"``.
         shape: (out, in) of a dense layer, (rows, size) of an embedding.
         logical_dtype: What the weight would be loaded as if it were not quantized.
+        is_savable: Whether plain tensors can hold it, and so a file.
 
     Args:
         shape: As the attribute.
         scheme: As the attribute.
         dtype: As `logical_dtype`.
     """
+
+    is_savable = True
 
     def __init__(self, shape: tuple[int, int], scheme: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -68,6 +92,11 @@ class QuantizedLeaf(nn.Module):
     def num_weights(self) -> int:
         """How many numbers the weight holds."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def hidden_nbytes(self) -> int:
+        """Bytes of the weight that no parameter shows."""
+        return 0
 
     def rows(self, part: Any, dtype: torch.dtype) -> torch.Tensor:
         """Return rows of the weight, dequantized.
@@ -142,7 +171,7 @@ class IntegerLeaf(QuantizedLeaf):
         Args:
             packed: Of this leaf's shape and scheme.
         """
-        self._scales = None
+        self._scales = packed.kernel_scales
         for name, tensor in (
             ("weight", packed.weight),
             ("weight_scale", packed.scale),
@@ -188,6 +217,13 @@ class IntegerLeaf(QuantizedLeaf):
 
     # -- layouts -------------------------------------------------------------------------------
 
+    def takes_kernel_layout(self) -> bool:
+        """Tell whether a CPU keeps the weight in the layout of its 4-bit kernel."""
+        if self.form.bits != 4 or self.form.compute_dtype == "float32":
+            return False
+        is_whole = self.shape[0] % _INT4_ROWS == 0 and self._kernel_group() is not None
+        return is_whole and kernel_block() is not None
+
     def use_kernel_layout(self) -> bool:
         """Put 4-bit weights into the layout of this CPU's kernel, in place of the stored one.
 
@@ -232,8 +268,7 @@ class IntegerLeaf(QuantizedLeaf):
             return False
         if self.form.bits == 8:
             return self.weight_scale.dim() == 1 and self.shape[1] % _INT8_COLUMNS == 0
-        is_whole = self.shape[0] % _INT4_ROWS == 0 and self._kernel_group() is not None
-        return is_whole and kernel_block() is not None
+        return self.takes_kernel_layout()
 
     def _laid_out(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return weight and scales as the packed kernel takes them."""
@@ -402,7 +437,7 @@ class QuantizedLinear(IntegerLeaf, Dense):
 
     def plain(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return a dense layer (or `Conv1D`) with the dequantized weight."""
-        return _plain_dense(self, self.bias, self.transposed, dtype)
+        return plain_dense(self, self.bias, self.transposed, dtype)
 
 
 class QuantizedEmbedding(IntegerLeaf):
@@ -527,7 +562,7 @@ class GgufLinear(GgufLeaf, Dense):
 
     def plain(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return a dense layer (or `Conv1D`) with the decoded weight."""
-        return _plain_dense(self, self.bias, self.transposed, dtype)
+        return plain_dense(self, self.bias, self.transposed, dtype)
 
 
 class GgufEmbedding(GgufLeaf):
@@ -584,9 +619,17 @@ def _apply_dense(leaf: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch
     return result if bias is None else result + bias.to(result.dtype)
 
 
-def _plain_dense(
+def plain_dense(
     leaf: Any, bias: torch.Tensor | None, transposed: bool, dtype: torch.dtype | None
 ) -> nn.Module:
+    """Return the dense layer that a leaf stands for, with its weight dequantized.
+
+    Args:
+        leaf: With `in_features` and `out_features`.
+        bias: Its bias.
+        transposed: Whether it stands for a `Conv1D`.
+        dtype: Of the layer; None for the leaf's `logical_dtype`.
+    """
     weight = leaf.dequantized(dtype)
     with no_memory():
         layer: Any = (

@@ -11,7 +11,7 @@ from pretrained.core.dtypes import floating_dtype_name
 from pretrained.errors import ArgumentError
 from pretrained.torch.quantize import quantized_leaves
 from pretrained.torch.quantize_model import dequantize_model
-from pretrained.torch.quantized import IntegerLeaf, QuantizedLeaf
+from pretrained.torch.quantized import QuantizedLeaf
 
 
 class QuantizedModelMixin:
@@ -88,7 +88,7 @@ class QuantizedModelMixin:
             return_buffers: Count buffers too.
         """
         nbytes: int = super().get_memory_footprint(return_buffers)  # type: ignore[misc]
-        return nbytes + sum(leaf.hidden_nbytes for leaf in _owners(self) if isinstance(leaf, IntegerLeaf))
+        return nbytes + sum(leaf.hidden_nbytes for leaf in _owners(self))
 
     # -- casts ---------------------------------------------------------------------------------
 

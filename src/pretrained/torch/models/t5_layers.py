@@ -139,10 +139,10 @@ class T5DenseGatedActDense(nn.Module):
 
 
 def _project_out(wo: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    # float16 overflows here in the larger models, so `wo` may be wider than the rest. A weight that is
-    # no floating tensor belongs to a quantized layer, which knows what it takes.
+    # float16 overflows here in the larger models, so `wo` may be wider than the rest. A weight of whole
+    # numbers or 8-bit floats belongs to a quantized layer, which knows what it takes.
     dtype = getattr(wo.weight, "dtype", x.dtype)
-    return wo(x.to(dtype) if dtype.is_floating_point else x)
+    return wo(x.to(dtype) if dtype.is_floating_point and dtype.itemsize > 1 else x)
 
 
 class T5Attention(nn.Module):

@@ -12,6 +12,7 @@ import torch
 
 from pretrained.core.budgets import DISK
 from pretrained.core.checkpoint import Checkpoint
+from pretrained.core.keys import KeyRule
 from pretrained.core.plan import LoadPlan, LoadStep
 from pretrained.core.quantization import QuantizationConfig
 from pretrained.core.reader import release_pages
@@ -27,6 +28,8 @@ class Quantizer:
 
     Attributes:
         errors: Layers that the load has quantized -> relative error.
+        rules: Key rules for these files, beside the architecture's; known after `prepare`.
+        notes: Sentences for the load report.
 
     Args:
         dtype: What plain weights are loaded as; None keeps each one's own.
@@ -35,6 +38,8 @@ class Quantizer:
     def __init__(self, dtype: str | None = None) -> None:
         self.dtype = dtype
         self.errors: dict[str, float] = {}
+        self.rules: tuple[KeyRule, ...] = ()
+        self.notes: list[str] = []
 
     def view(self, model: Any, checkpoint: Checkpoint) -> Checkpoint:
         """Return the checkpoint as the rest of the load sees it; the first question of all.
@@ -64,6 +69,9 @@ class Quantizer:
         return plan, read
 
     is_active = False
+
+    # Whether every weight stays on the device that it is read to. A load says so before `wrap`.
+    is_resident = False
 
     def sizes(self, model: Any, sizes: Mapping[str, int]) -> dict[str, int]:
         """Return the bytes of every weight, those of quantized layers as they are stored.

@@ -37,9 +37,10 @@ from pretrained.core.quantization import QuantizationConfig
 from pretrained.errors import NotYetError, WeightsError
 from pretrained.torch.nn import Conv1D
 from pretrained.torch.quantize import dense_shape, integer_leaf, put, quantized_leaves
-from pretrained.torch.quantized import IntegerLeaf
-from pretrained.torch.quantized_ops import CHUNK, Packed, pack_nibbles
+from pretrained.torch.quantized import IntegerLeaf, MadeWeight, QuantizedLeaf
+from pretrained.torch.quantized_ops import CHUNK, pack_nibbles
 from pretrained.torch.quantizers.base import Quantizing, let_go
+from pretrained.torch.rounding import Packed
 from pretrained.torch.tensors import TORCH_DTYPES, Read
 
 Scheme = TypeVar("Scheme", bound=ForeignScheme)
@@ -116,7 +117,27 @@ class ForeignFormat(Generic[Scheme]):
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
 
-    def form(self, weight: StoredWeight) -> IntegerForm | None:
+    def split(self, key: str) -> tuple[str, str]:
+        """Return the module's path in the files and the part's name.
+
+        Args:
+            key: Of any tensor in the files.
+        """
+        path, _, name = key.rpartition(".")
+        return path, name
+
+    def leaf(self, module: nn.Module, form: Any, dtype: torch.dtype) -> QuantizedLeaf:
+        """Return an empty layer for a weight that is not plain, on the meta device.
+
+        Args:
+            module: What stands there.
+            form: What `form` returned.
+            dtype: What a plain weight would be loaded as.
+        """
+        form = dataclasses.replace(form, compute_dtype=self.scheme.compute_dtype)
+        return integer_leaf(module, form, dtype)
+
+    def form(self, weight: StoredWeight) -> Any:
         """Check a weight's headers, and return the form it gets; None for a plain weight.
 
         Called for every weight before any is put together. It may read small parts (an order).
@@ -130,7 +151,7 @@ class ForeignFormat(Generic[Scheme]):
         """
         raise NotImplementedError
 
-    def put_together(self, weight: StoredWeight, form: IntegerForm | None) -> Packed | torch.Tensor:
+    def put_together(self, weight: StoredWeight, form: Any) -> Packed | MadeWeight | torch.Tensor:
         """Return the weight.
 
         Threads call it side by side. Temporaries stay small where they can: see `packed_by_rows`. Nothing
@@ -141,7 +162,8 @@ class ForeignFormat(Generic[Scheme]):
             form: What `form` returned.
 
         Returns:
-            A `Packed` of that form, or a floating [out, in] tensor where it is None; the load casts it.
+            A `Packed` of that form, or what else `leaf` made a layer for; a floating [out, in] tensor where
+            it is None, which the load casts.
 
         Raises:
             WeightsError: numbers that cannot be.
@@ -180,7 +202,7 @@ class Repacking(Quantizing):
         """Return the checkpoint with one tensor for each quantized weight, in place of its parts."""
         groups: dict[str, dict[str, TensorInfo]] = {}
         for key, info in checkpoint.tensors.items():
-            path, _, name = key.rpartition(".")
+            path, name = self.format.split(key)
             if name in self.format.parts:
                 groups.setdefault(path, {})[name] = info
         groups = {p: parts for p, parts in groups.items() if all(s in parts for s in self.format.sign)}
@@ -204,7 +226,7 @@ class Repacking(Quantizing):
         taken = {f"{path}.{name}" for path, parts in groups.items() for name in parts}
         tensors: dict[str, TensorInfo] = {}
         for key, info in checkpoint.tensors.items():
-            path, _, name = key.rpartition(".")
+            path, name = self.format.split(key)
             if key not in taken:
                 tensors[key] = info
             elif name == self.format.sign[0]:
@@ -232,8 +254,7 @@ class Repacking(Quantizing):
             form = self.format.form(weight)
             weights[step.key] = (weight, form, isinstance(module, Conv1D))
             if form is not None:
-                form = dataclasses.replace(form, compute_dtype=self.config.compute_dtype)
-                put(model, path, integer_leaf(module, form, TORCH_DTYPES[step.dtype]))
+                put(model, path, self.format.leaf(module, form, TORCH_DTYPES[step.dtype]))
 
         def read_parts(step: LoadStep, device: torch.device) -> Any:
             if step.key not in weights:
@@ -251,7 +272,7 @@ class Repacking(Quantizing):
             if self.is_mapped:
                 for part in held:
                     let_go(part)
-            if isinstance(result, Packed):
+            if isinstance(result, Packed | MadeWeight):
                 return result.to(device)
             matrix = result.to(TORCH_DTYPES[step.dtype])
             return (matrix.t().contiguous() if transposed else matrix).to(device)

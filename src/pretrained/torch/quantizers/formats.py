@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from pretrained.torch.quantizers.bitsandbytes_int8 import BitsAndBytes8
 from pretrained.torch.quantizers.foreign import ForeignFormat
 
-FORMATS: Final[Mapping[str, type[ForeignFormat[Any]]]] = {}
+FORMATS: Final[Mapping[str, type[ForeignFormat[Any]]]] = {"bitsandbytes": BitsAndBytes8}

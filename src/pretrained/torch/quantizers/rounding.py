@@ -15,8 +15,8 @@ from pretrained.core.quantization import QuantizationConfig
 from pretrained.torch.nn import Conv1D
 from pretrained.torch.offload_folder import Form
 from pretrained.torch.quantize import integer_leaf, module_ties, put, select
-from pretrained.torch.quantized_ops import quantize
 from pretrained.torch.quantizers.base import Quantizing, copy_form, let_go
+from pretrained.torch.rounding import quantize
 from pretrained.torch.tensors import TORCH_DTYPES, Read
 
 
@@ -39,7 +39,7 @@ class Rounding(Quantizing):
         chosen = select(model, self.config)
         read_keys = {step.key: step for step in plan.steps}
         owners = module_ties(model)
-        schemes: dict[str, tuple[QuantizationConfig, bool]] = {}
+        schemes: dict[str, tuple[QuantizationConfig, bool, bool]] = {}
         for path, config in chosen.items():
             step = read_keys.get(f"{owners.get(path, path)}.weight")
             # Weights that will be initialised, or that stay float32 in a half-precision model.
@@ -48,17 +48,19 @@ class Rounding(Quantizing):
             module = model.get_submodule(path)
             leaf = integer_leaf(module, config, TORCH_DTYPES[step.dtype])
             put(model, path, leaf)
-            schemes[f"{path}.weight"] = (config, isinstance(module, Conv1D))
+            for_kernel = self.is_resident and leaf.takes_kernel_layout()
+            schemes[f"{path}.weight"] = (config, isinstance(module, Conv1D), for_kernel)
             self._forms[f"{path}.weight"] = copy_form(path, leaf)
 
         def read_packed(step: LoadStep, device: torch.device) -> Any:
             if step.key not in schemes:
                 return read(step, device)
-            config, transposed = schemes[step.key]
-            stored = _as_stored(step)
+            config, transposed, for_kernel = schemes[step.key]
+            for_kernel = for_kernel and device.type == "cpu"
+            stored = as_stored(step)
             used = read if self.scratch is None or (stored.is_view and self.is_mapped) else self.scratch
             values = used(stored, torch.device("cpu"))
-            packed = quantize(values, config, key=step.key, transposed=transposed)
+            packed = quantize(values, config, key=step.key, transposed=transposed, for_kernel=for_kernel)
             if self.is_mapped and stored.is_view:
                 let_go(values)
             self.errors[step.key.removesuffix(".weight")] = packed.error
@@ -74,7 +76,11 @@ class Rounding(Quantizing):
         """Allow the disk: what is quantized goes there through the offload folder."""
 
 
-def _as_stored(step: LoadStep) -> LoadStep:
-    """Ask for a view of the file where there can be one, and for float32 otherwise."""
+def as_stored(step: LoadStep) -> LoadStep:
+    """Ask for a view of the file where there can be one, and for float32 otherwise.
+
+    Args:
+        step: Of a weight that is to be quantized.
+    """
     plain = step.source.dtype in DTYPES and DTYPES[step.source.dtype].is_floating
     return dataclasses.replace(step, dtype=step.source.dtype if plain and step.apply is None else "float32")
