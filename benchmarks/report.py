@@ -80,7 +80,12 @@ def render(machine: dict[str, str], results: list[Comparison]) -> str:
     days = sorted({result.measured.partition(" ")[0] for result in results if result.measured})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     facts = ", ".join(f"{name} {value}" for name, value in machine.items())
-    parts = [f"Measured {when} (UTC) on: {facts}.", "## Where we lose", _losses(results), "## The rows"]
+    parts = [
+        _wrap(f"Measured {when} (UTC) on: {facts}."),
+        "## Where we lose",
+        _losses(results),
+        "## The rows",
+    ]
     parts += [_row(result) for result in results]
     return "\n\n".join(parts) + "\n"
 

@@ -80,6 +80,15 @@ def test_targets_are_missed_and_not_measured(bench):
     assert [v.is_met for v in found.verdicts] == [False, False, True, None, None]
 
 
+def test_no_side_always_comes_after_the_same_one(bench):
+    names = ["a", "b", "c", "d"]
+    for count in (2, 3, 4):
+        orders = [bench.measure.order(names[:count], index) for index in range(6)]
+        assert orders[0] == names[:count] and all(sorted(one) == orders[0] for one in orders)
+        before = {tuple(one[i : i + 2]) for one in orders for i in range(count - 1)}
+        assert len(before) >= count * (count - 1) * 0.8
+
+
 def test_a_program_runs_in_a_process_of_its_own_after_its_preparation(bench):
     m, called = bench.measure, []
     program = "import json, os; print('noise'); print(json.dumps(dict(pid=os.getpid(), total_s=3.0)))"
