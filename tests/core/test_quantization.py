@@ -127,6 +127,7 @@ def test_what_torchao_has_saved_is_not_read():
         ({"quant_method": "int4", "group_size": 48}, ArgumentError, "groups of this size.*32, 64 or 128.*48"),
         ({"quant_method": "int8", "group_size": 32}, ArgumentError, "group_size means nothing for 'int8'"),
         ({"quant_method": "int8", "symmetric": False}, ArgumentError, "symmetric means nothing for 'int8'"),
+        ({"quant_method": "int4", "read_from": "gptq"}, ArgumentError, "read_from is written by a save"),
         ({"quant_method": "gguf", "skip_modules": ["a"]}, ArgumentError, "skip_modules means nothing"),
         ({"quant_method": "int4", "block_types": {"a": "q8_0"}}, ArgumentError, "block_types means nothing"),
         ({"quant_method": "int4", "symetric": False}, ArgumentError, "Did you mean 'symmetric'"),
@@ -156,9 +157,9 @@ def test_the_dictionary_comes_back():
     assert stored_quantization(None) is None
 
 
-@pytest.mark.parametrize("value", [{"quant_method": "awq"}, {"quant_method": "fp8"}])
+@pytest.mark.parametrize("value", [{"quant_method": "hqq"}, {"quant_method": "fp8"}])
 def test_checkpoints_of_other_libraries(value):
-    with pytest.raises(NotYetError, match=r"weights are quantized \((awq|fp8)\).*unquantized"):
+    with pytest.raises(NotYetError, match=r"weights are quantized \((hqq|fp8)\).*unquantized"):
         stored_quantization(value)
 
 

@@ -31,8 +31,10 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any, Final
 
+from pretrained.core.awq import AwqScheme
 from pretrained.core.dtypes import floating_dtype_name
 from pretrained.core.foreign_quantization import ForeignScheme
+from pretrained.core.gptq import GptqScheme
 from pretrained.core.integer_form import IntegerForm
 from pretrained.core.library_quantization import BitsAndBytesScheme, TorchAoScheme, asks_for_bitsandbytes
 from pretrained.core.skeleton import ParamSpec, Skeleton
@@ -46,14 +48,16 @@ SCALE_BYTES: Final = 2
 
 # Methods of other libraries whose checkpoints are read: one line for each.
 READ_METHODS: Final[Mapping[str, type[ForeignScheme]]] = {
+    "awq": AwqScheme,
     "bitsandbytes": BitsAndBytesScheme,
+    "gptq": GptqScheme,
     "torchao": TorchAoScheme,
 }
 
 # Methods that the ecosystem's checkpoints name and that are not read yet.
 _FOREIGN: Final = (
-    "aqlm", "auto-round", "awq", "bitnet", "bitsandbytes", "compressed-tensors", "eetq", "fbgemm_fp8",
-    "fp8", "fp_quant", "gptq", "higgs", "hqq", "mxfp4", "mxfp8", "nvfp4", "quanto", "quark", "spqr",
+    "aqlm", "auto-round", "bitnet", "bitsandbytes", "compressed-tensors", "eetq", "fbgemm_fp8",
+    "fp8", "fp_quant", "higgs", "hqq", "mxfp4", "mxfp8", "nvfp4", "quanto", "quark", "spqr",
     "torchao", "vptq",
 )  # fmt: skip
 
@@ -200,8 +204,8 @@ class QuantizationConfig:
         values: dict[str, Any] = {"quant_method": self.quant_method}
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name == "group_size" and value is not None:
-                values[item.name] = value
+            if item.name == "group_size":
+                values |= {} if value is None else {item.name: value}
             elif value != getattr(plain, item.name):
                 values[item.name] = list(value) if isinstance(value, tuple) else value
         if self.block_types:

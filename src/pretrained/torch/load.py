@@ -69,6 +69,7 @@ from pretrained.torch.rounding import Packed
 from pretrained.torch.serial_threads import serial_pool
 from pretrained.torch.tensors import TORCH_DTYPES, Read, dtype_name_of, mapped_reader, state_dict_reader
 from pretrained.torch.ties import settle_ties
+from pretrained.torch.uploads import Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -316,11 +317,14 @@ def execute(
     buffers = buffers_of(model)
     ahead = Prefetch(files, () if files is None else _to_read(plan, homes, buffers))
     done, total = 0, plan.nbytes_to_read
+    uploads = Uploads(files)
 
     def read_home(step: LoadStep) -> torch.Tensor:
-        return read(step, homes.resting(step.key, is_buffer=step.key in buffers))
+        device = homes.resting(step.key, is_buffer=step.key in buffers)
+        # What is quantized on the way is laid out for the device that it goes to.
+        return read(step, device) if computes else uploads.read(step, device, read)
 
-    with reporting(progress, total, "loading") as report:
+    with reporting(progress, total, "loading") as report, uploads:
         for step, tensor in _read_all(plan, read_home, ahead, computes):
             assign(model, step.key, tensor)
             done += step.source.nbytes

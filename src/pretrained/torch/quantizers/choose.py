@@ -11,13 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from pretrained.core.checkpoint import Checkpoint
 from pretrained.core.foreign_quantization import ForeignScheme
 from pretrained.core.library_quantization import BitsAndBytesScheme, TorchAoScheme
 from pretrained.core.options import LoadOptions
-from pretrained.core.quantization import QuantizationConfig, requested_quantization, stored_quantization
+from pretrained.core.quantization import (
+    READ_METHODS,
+    QuantizationConfig,
+    requested_quantization,
+    stored_quantization,
+)
 from pretrained.core.stored_config import METHODS as STORED_METHODS
 from pretrained.core.stored_config import method_of, parse_stored, read_wish
 from pretrained.errors import ArgumentError
@@ -30,6 +35,9 @@ from pretrained.torch.quantizers.restoring import Restoring
 from pretrained.torch.quantizers.rounding import Rounding
 from pretrained.torch.quantizers.stored import Stored
 from pretrained.torch.tensors import mapped_reader
+
+# What is put into forms of this library, and what a call may say of it (`read_wish`).
+_REPACKED: Final = ("awq", "gptq")
 
 
 def quantizer_for(config: Any, checkpoint: Checkpoint, options: LoadOptions, dtype: str | None) -> Quantizer:
@@ -48,12 +56,13 @@ def quantizer_for(config: Any, checkpoint: Checkpoint, options: LoadOptions, dty
     """
     entry = getattr(config, "quantization_config", None)
     method = method_of(entry)
-    if method in STORED_METHODS and checkpoint.format != "none":
+    if (method in STORED_METHODS or method in _REPACKED) and checkpoint.format != "none":
         return _stored_quantizer(entry, checkpoint, options, dtype, config.name_or_path or "config")
     wanted = requested_quantization(
         options.quantization_config, load_in_8bit=options.load_in_8bit, load_in_4bit=options.load_in_4bit
     )
     stored = stored_quantization(entry, where=config.name_or_path or "config")
+    is_mapped = options.state_dict is None and not options.disable_mmap
     if stored is not None and checkpoint.format != "none":
         if wanted is not None and wanted.quant_method != stored.quant_method:
             raise _quantized_already(stored.quant_method, wanted.quant_method)
@@ -64,7 +73,6 @@ def quantizer_for(config: Any, checkpoint: Checkpoint, options: LoadOptions, dty
         return Restoring(stored, dtype)
     if wanted is None:
         return Quantizer(dtype)
-    is_mapped = options.state_dict is None and not options.disable_mmap
     if wanted.quant_method == "gguf":
         assert isinstance(wanted, QuantizationConfig)
         return Blocks(wanted, dtype, is_mapped=is_mapped)
@@ -91,7 +99,7 @@ def _foreign_quantizer(stored: ForeignScheme, options: LoadOptions, dtype: str |
 def _stored_quantizer(
     entry: Any, checkpoint: Checkpoint, options: LoadOptions, dtype: str | None, where: str
 ) -> Quantizer:
-    """Return what reads a checkpoint of another library whose tensors are kept as they lie."""
+    """Return what reads a checkpoint of another library."""
     wanted = options.quantization_config
     if options.load_in_8bit or options.load_in_4bit:
         wanted = {"quant_method": "int8" if options.load_in_8bit else "int4"}
@@ -101,6 +109,15 @@ def _stored_quantizer(
         raise _quantized_already(method, method_of(wanted))
     wish = read_wish(wanted, values)
     is_mapped = options.state_dict is None and not options.disable_mmap
+    if method in _REPACKED:
+        scheme = READ_METHODS[method].parse(values, where=where)
+        return Repacking(
+            FORMATS[method](dataclasses.replace(scheme, compute_dtype=wish.compute_dtype)),
+            dtype,
+            dequantize=wish.dequantize,
+            key_mapping=options.key_mapping,
+            is_mapped=is_mapped,
+        )
     parsed = parse_stored({**values, "quant_method": method}, where=where)
     return Stored(parsed, wish, dtype, key_mapping=options.key_mapping, is_mapped=is_mapped)
 

@@ -8,7 +8,9 @@ else imports the library.
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -34,6 +36,10 @@ _MAKERS: Final = {
     "bitsandbytes": "pretrained.torch.quantizers.bitsandbytes",
     "torchao": "pretrained.torch.quantizers.torchao",
 }
+
+
+# Floats that have been quantized before the C library is told to give their memory back.
+_TRIM_BYTES: Final = 1 << 25
 
 
 class Maker:
@@ -163,6 +169,7 @@ class ThroughLibrary(Quantizing):
             is_mapped=is_mapped,
         )
         self.maker = maker
+        self._left = 0
 
     def wrap(self, model: Any, plan: LoadPlan, read: Read) -> tuple[LoadPlan, Read]:
         """Put the library's layers in, and read their weights as it makes them."""
@@ -189,6 +196,11 @@ class ThroughLibrary(Quantizing):
                 let_go(values)
             del values
             self.errors[step.key.removesuffix(".weight")], made = _made(self.maker, step.key, weight, device)
+            self._left += weight.nbytes
+            del weight
+            if self._left > _TRIM_BYTES:
+                self._left = 0
+                _give_back()
             return MadeWeight(made)
 
         return plan, read_made
@@ -203,6 +215,7 @@ class ThroughLibrary(Quantizing):
 
     def finish(self, model: Any) -> None:
         """Say in the config what the model holds."""
+        _give_back()
         super().finish(model)
         model.config.quantization_config = self.maker.to_dict()
 
@@ -244,6 +257,17 @@ def refuse_offload(name: str, homes: Iterable[Any]) -> None:
             found=", ".join(sorted(map(str, there))),
             mend="Place them where they run, or use quant_method 'int8' or 'int4'.",
         )
+
+
+def _give_back() -> None:
+    """Give the memory of temporaries back, which lies in holes between the weights that stay.
+
+    The libraries allocate both from the C library's heap, which keeps the holes: without this a load peaks
+    near the size of the plain weights.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _made(maker: Maker, key: str, weight: torch.Tensor, device: torch.device) -> tuple[float, nn.Parameter]:
