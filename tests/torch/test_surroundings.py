@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads amid other things: threads, forks, worker processes, contexts of torch; and what a load leaves behind."""
+"""Loads amid other things: threads, forks, workers, contexts of torch; and what a load leaves behind."""
 
 import gc
 import os
