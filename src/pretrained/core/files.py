@@ -25,7 +25,14 @@ from pretrained.core.file_state import states_of
 from pretrained.core.gguf import read_gguf
 from pretrained.core.safetensors_file import read_safetensors_header
 from pretrained.core.torch_pickle import read_torch_checkpoint
-from pretrained.core.untrusted import DOWNLOAD_AGAIN, describe_start, open_regular, parse_json_object, read_at
+from pretrained.core.untrusted import (
+    DOWNLOAD_AGAIN,
+    describe_start,
+    fault_of,
+    open_regular,
+    parse_json_object,
+    read_at,
+)
 from pretrained.core.weights_names import INDEX_NAME, candidates, choose_weights, few
 from pretrained.errors import ArgumentError, CheckpointError, FileError
 
@@ -107,7 +114,7 @@ def find_weights(
         CheckpointError: the index is malformed, leaves the folder, or names a file that is not there.
     """
     try:
-        names = {entry.name for entry in os.scandir(folder) if not entry.is_dir()}
+        names = {entry.name for entry in os.scandir(folder) if not os.path.isdir(entry.path)}
     except OSError as error:
         raise FileError(
             "The folder cannot be read", where=folder, found=str(error), mend="Check the path."
@@ -275,10 +282,9 @@ def _check_inside(gguf_file: str) -> None:
 def _shard(index: Path, name: str) -> Path:
     """Return the path of a file that an index names, having checked that it may be used."""
     file, folder = index.parent / name, index.parent.resolve()
-    if not file.is_file():
-        fault = "is a link that leads nowhere" if file.is_symlink() else "does not exist"
+    if not os.path.isfile(file):
         raise CheckpointError(
-            f"The weights index names the file {name!r}, which {fault}",
+            f"The weights index names the file {name!r}, which {fault_of(file)}",
             where=index,
             mend="The download or copy is incomplete: fetch or copy that file as well.",
         )

@@ -79,6 +79,8 @@ DEFAULT_DTYPE = "float32"
 Model = TypeVar("Model", bound=Any)
 
 
+# Tensors made in inference mode could never be trained, nor used with any that are.
+@torch.inference_mode(False)
 def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: Any, **kwargs: Any) -> Any:
     """Load a model; `PreTrainedModel.from_pretrained` documents the arguments.
 
@@ -153,6 +155,7 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     return (model, report.loading_info()) if options.output_loading_info else model
 
 
+@torch.inference_mode(False)
 def from_config(
     cls: type[Model],
     config: PreTrainedConfig,
