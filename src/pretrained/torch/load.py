@@ -20,6 +20,7 @@ from torch import nn
 
 from pretrained.core.budgets import DISK, available_host_memory
 from pretrained.core.checkpoint import Checkpoint, TensorInfo
+from pretrained.core.collector import no_collection
 from pretrained.core.config import PreTrainedConfig
 from pretrained.core.dtypes import DTYPES, floating_dtype_name
 from pretrained.core.file_state import check_load
@@ -204,7 +205,7 @@ def build_empty(cls: type[Model], config: PreTrainedConfig, *args: Any, **kwargs
     """
     _check_arguments(cls, config, args, kwargs)
     try:
-        with no_memory():
+        with no_memory(), no_collection():
             return cls(config, *args, **kwargs)
     except ConfigError as error:
         if config.name_or_path and config.name_or_path not in str(error.where):
