@@ -11,7 +11,8 @@ from pretrained.core.dtypes import floating_dtype_name
 from pretrained.errors import ArgumentError
 from pretrained.torch.quantize import quantized_leaves
 from pretrained.torch.quantize_model import dequantize_model
-from pretrained.torch.quantized import IntegerLeaf, QuantizedLeaf
+from pretrained.torch.quantized import QuantizedLeaf
+from pretrained.torch.quantized_blocks import GgufLeaf, GgufLinear
 
 
 class QuantizedModelMixin:
@@ -88,7 +89,10 @@ class QuantizedModelMixin:
             return_buffers: Count buffers too.
         """
         nbytes: int = super().get_memory_footprint(return_buffers)  # type: ignore[misc]
-        return nbytes + sum(leaf.hidden_nbytes for leaf in _owners(self) if isinstance(leaf, IntegerLeaf))
+        leaves = [leaf for leaf in _owners(self) if not isinstance(leaf, GgufLeaf)]
+        # A tied head on GGML's blocks has a copy for the kernel, and its embedding none.
+        leaves += [module for module in self.modules() if isinstance(module, GgufLinear)]  # type: ignore[attr-defined]
+        return nbytes + sum(getattr(leaf, "hidden_nbytes", 0) for leaf in leaves)
 
     # -- casts ---------------------------------------------------------------------------------
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from functools import cache
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
-from pretrained.core.ggml import BLOCK_TYPES, dequantize
+from pretrained.core.ggml import BLOCK_TYPES
 
 # Rows of activations up to which the packed kernels win over dequantizing once and multiplying: they
 # read the weights again for every few rows.
@@ -164,19 +163,6 @@ def _from_kernel(packed: torch.Tensor, block: int) -> torch.Tensor:
 
 
 # -- GGML's blocks --------------------------------------------------------------------------------
-
-
-def dequantize_blocks(rows: torch.Tensor, block_type: str, columns: int) -> torch.Tensor:
-    """Return packed rows as float32, bit-equal to GGML's reference.
-
-    Args:
-        rows: uint8 [n, bytes of a row]; on any device, decoded on the CPU.
-        block_type: GGML's name, ``"q4_1"``.
-        columns: Numbers in a row.
-    """
-    raw = np.ascontiguousarray(rows.detach().cpu().numpy())
-    values = dequantize(raw.reshape(-1).data, block_type, (len(raw), columns))
-    return torch.from_numpy(values).to(rows.device)
 
 
 def row_bytes(block_type: str, columns: int) -> int:

@@ -17,14 +17,14 @@ from torch import nn
 from pretrained.core.quantization import GROUP_SIZES
 from pretrained.core.stored_layers import LayerForm
 from pretrained.torch.quantized import (
-    _INT4_ROWS,
     _INT8_COLUMNS,
+    INT4_ROWS,
     QuantizedLeaf,
-    _apply_dense,
-    _fixed,
     _is_aligned,
-    _plain_dense,
-    _plain_embedding,
+    apply_dense,
+    fixed,
+    plain_dense,
+    plain_embedding,
 )
 from pretrained.torch.quantized_ops import (
     KERNEL_ROWS,
@@ -57,7 +57,7 @@ class StoredLeaf(QuantizedLeaf):
         self.form, self.wanted_dtype = form, compute_dtype
         for name, (kind, shape) in form.tensors.items():
             # Not register_parameter: `weight` is a name of every leaf, whatever its tensor is called.
-            self._parameters[name] = _fixed(torch.empty(shape, dtype=TORCH_DTYPES[kind]))
+            self._parameters[name] = fixed(torch.empty(shape, dtype=TORCH_DTYPES[kind]))
         # Scales for a packed kernel, bfloat16, while the integers are ready for it; the stored ones stay.
         self._kernel_scales: torch.Tensor | None = None
         # Which input each column belongs to while the columns are sorted by their groups.
@@ -177,7 +177,7 @@ class StoredLeaf(QuantizedLeaf):
         if self._kernel_scales is not None:
             data = self.stored()[self.form.data]
             self._kernel_scales = self._columns = None
-            self._parameters[self.form.data] = _fixed(data)
+            self._parameters[self.form.data] = fixed(data)
 
     def stored(self) -> dict[str, torch.Tensor]:
         """Return the tensors by name as the file has them; views where nothing needs to be undone."""
@@ -241,7 +241,7 @@ class StoredLinear(StoredLeaf, Dense):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer to the last axis; the result has the dtype of `x`."""
-        return _apply_dense(self, x, self.bias)
+        return apply_dense(self, x, self.bias)
 
     def compute_dtype(self, x: torch.Tensor) -> torch.dtype:
         """Return the dtype that a multiplication with `x` runs in.
@@ -280,7 +280,7 @@ class StoredLinear(StoredLeaf, Dense):
 
     def plain(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return a dense layer with the decoded weight."""
-        return _plain_dense(self, self.bias, False, dtype)
+        return plain_dense(self, self.bias, False, dtype)
 
     # -- layouts -------------------------------------------------------------------------------
 
@@ -310,14 +310,14 @@ class StoredLinear(StoredLeaf, Dense):
             data = data.clone(memory_format=torch.contiguous_format)
         scales = self._grid_rows(form.scale, slice(None)).to(torch.bfloat16)
         self._kernel_scales = scales.reshape(-1).expand(self.shape[0]).contiguous()
-        self._parameters[form.data] = _fixed(data)
+        self._parameters[form.data] = fixed(data)
         return True
 
     def _ready_int4(self) -> bool:
         form, (rows, columns) = self.form, self.shape
         stored = min(form.block[1], columns)
         size = next((size for size in reversed(GROUP_SIZES) if stored % size == 0), None)
-        if not form.packed or size is None or rows % _INT4_ROWS or kernel_block() is None:
+        if not form.packed or size is None or rows % INT4_ROWS or kernel_block() is None:
             return False
         nibbles = self.weight.detach().contiguous().view(torch.uint8)
         if form.order is not None:
@@ -335,7 +335,7 @@ class StoredLinear(StoredLeaf, Dense):
             # From the rounded scale, so that a zero stays as near to zero as bfloat16 has it.
             offset = self._zeros(slice(None)).to(torch.float32).neg() * scale.to(torch.float32)
             scales[..., 1] = offset.repeat_interleave(stored // size, -1).t()
-        self._parameters[form.data] = _fixed(to_kernel_layout(nibbles).view(torch.int32))
+        self._parameters[form.data] = fixed(to_kernel_layout(nibbles).view(torch.int32))
         self._kernel_scales = scales
         return True
 
@@ -360,7 +360,7 @@ class StoredEmbedding(StoredLeaf):
 
     def plain(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return an embedding with the decoded weight."""
-        return _plain_embedding(self, self.padding_idx, dtype)
+        return plain_embedding(self, self.padding_idx, dtype)
 
 
 def stored_leaf(
