@@ -16,7 +16,7 @@ import torch
 
 from pretrained.core.ggml import BLOCK_TYPES, dequantize
 from pretrained.core.integer_form import IntegerForm
-from pretrained.torch.quantized_ops import kernel_block, kernel_bytes, row_bytes
+from pretrained.torch.quantized_ops import kernel_block, kernel_bytes
 from pretrained.torch.rounding import TILE, Packed
 
 # What the kernel's groups divide by; see `IntegerForm`.
@@ -79,8 +79,8 @@ def repack(rows: torch.Tensor, block_type: str, columns: int, order: torch.Tenso
     """Return weights as matrices for the 4-bit kernel, whose sum they are.
 
     Scales and offsets are rounded to bfloat16, so that a weight ``s * q + o`` is off by at most
-    ``2**-9 * (8 * |s| + |o + 8 * s|)``, the offset being that of the middle of the integers; for Q8_0, whose
-    two halves share one rounded scale, by ``2**-9 * |w|``.
+    ``2**-8 * (8 * |s| + |o + 8 * s|)``, the offset being that of the middle of the integers; for Q8_0, whose
+    two halves share one rounded scale, by ``2**-8 * |w|``.
 
     Args:
         rows: uint8 [out, bytes of a row], a number of rows that divides by 16.
@@ -131,13 +131,17 @@ def _halves(parts: Parts) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 def _blocks(rows: torch.Tensor, block_type: str) -> torch.Tensor:
     """Return rows as [blocks, bytes of a block]."""
-    size = row_bytes(block_type, BLOCK_TYPES[block_type].elements)
-    return rows.reshape(-1, size)
+    return rows.reshape(-1, BLOCK_TYPES[block_type].nbytes)
 
 
-def _half(field: torch.Tensor) -> torch.Tensor:
-    """Return float16 numbers in bytes as float32, [blocks, numbers, 1]."""
-    return field.contiguous().view(torch.float16).float()[..., None]
+def _half(blocks: torch.Tensor, place: int) -> torch.Tensor:
+    """Return a float16 number of each block as float32, [blocks, 1, 1].
+
+    Args:
+        blocks: uint8 [blocks, bytes].
+        place: Its first byte; every type's lie at even ones.
+    """
+    return blocks.view(torch.float16)[:, place // 2, None, None].float()
 
 
 def _unpack(field: torch.Tensor, bits: int, width: int) -> torch.Tensor:
@@ -161,17 +165,16 @@ def _unpack(field: torch.Tensor, bits: int, width: int) -> torch.Tensor:
 
 def _q4_0(blocks: torch.Tensor) -> Parts:
     integers = _unpack(blocks[:, 2:], 4, 16).view(torch.int8).sub_(8)
-    return Parts(integers[:, None], _half(blocks[:, :2]))
+    return Parts(integers[:, None], _half(blocks, 0))
 
 
 def _q4_1(blocks: torch.Tensor) -> Parts:
-    numbers = _half(blocks[:, :4])
     integers = _unpack(blocks[:, 4:], 4, 16).view(torch.int8)
-    return Parts(integers[:, None], numbers[:, :1], numbers[:, 1:])
+    return Parts(integers[:, None], _half(blocks, 0), _half(blocks, 2))
 
 
 def _q8_0(blocks: torch.Tensor) -> Parts:
-    return Parts(blocks[:, 2:].view(torch.int8)[:, None], _half(blocks[:, :2]))
+    return Parts(blocks[:, 2:].view(torch.int8)[:, None], _half(blocks, 0))
 
 
 def _six_bits(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,25 +190,23 @@ def _six_bits(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _q4_k(blocks: torch.Tensor) -> Parts:
-    numbers = _half(blocks[:, :4])
     scale, minimum = _six_bits(blocks[:, 4:16])
     integers = _unpack(blocks[:, 16:], 4, 32).view(torch.int8)
-    return Parts(integers.view(-1, 8, 32), numbers[:, :1] * scale, -(numbers[:, 1:] * minimum))
+    return Parts(integers.view(-1, 8, 32), _half(blocks, 0) * scale, -(_half(blocks, 2) * minimum))
 
 
 def _q5_k(blocks: torch.Tensor) -> Parts:
-    numbers = _half(blocks[:, :4])
     scale, minimum = _six_bits(blocks[:, 4:16])
     integers = _unpack(blocks[:, 48:], 4, 32)
     integers |= _unpack(blocks[:, 16:48], 1, 32) << 4
     integers = integers.view(torch.int8)
-    return Parts(integers.view(-1, 8, 32), numbers[:, :1] * scale, -(numbers[:, 1:] * minimum))
+    return Parts(integers.view(-1, 8, 32), _half(blocks, 0) * scale, -(_half(blocks, 2) * minimum))
 
 
 def _q6_k(blocks: torch.Tensor) -> Parts:
     integers = _unpack(blocks[:, :128], 4, 64)
     integers |= _unpack(blocks[:, 128:192], 2, 32) << 4
-    scale = _half(blocks[:, 208:]) * blocks[:, 192:208].view(torch.int8).float()[..., None]
+    scale = _half(blocks, 208) * blocks[:, 192:208].view(torch.int8).float()[..., None]
     return Parts(integers.view(torch.int8).sub_(32).view(-1, 16, 16), scale)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pretrained.torch.blocks import decode, kernel_form, kernel_packs, repack
+from pretrained.torch.offload import release_clean
 from pretrained.torch.quantized import (
     INT4_ROWS,
     QuantizedLeaf,
@@ -22,7 +23,8 @@ from pretrained.torch.quantized import (
     plain_dense,
     plain_embedding,
 )
-from pretrained.torch.quantized_ops import Dense, kernel_block, linear_by_tiles, row_bytes
+from pretrained.torch.quantized_ops import KERNEL_ROWS, Dense, kernel_block, linear_by_tiles, row_bytes
+from pretrained.torch.rounding import TILE
 
 
 class GgufLeaf(QuantizedLeaf):
@@ -125,9 +127,11 @@ class GgufLinear(GgufLeaf, Dense):
             for other in rest:
                 result += other.multiply(x)
             return result
+        # A few rows wait for the weight, which is best multiplied while it is in the cache.
+        size = TILE if len(x) <= KERNEL_ROWS else 16 * TILE
         if self.computes_in is None:
-            return linear_by_tiles(x, self)
-        return linear_by_tiles(x.to(self.computes_in), self).to(x.dtype)
+            return linear_by_tiles(x, self, size)
+        return linear_by_tiles(x.to(self.computes_in), self, size).to(x.dtype)
 
     def use_kernel_layout(self) -> bool:
         """Repack the weight for the 4-bit kernel of this CPU, if it is to be used; `weight` stays.
@@ -138,6 +142,8 @@ class GgufLinear(GgufLeaf, Dense):
         self._lays_out_at_call = False
         if self._has_kernel() and not self._repacked:
             self._repacked = self._repack()
+            # The file's pages come back when something asks for them.
+            release_clean(self.weight.detach())
         return bool(self._repacked)
 
     def lay_out_at_call(self) -> None:

@@ -176,25 +176,28 @@ def row_bytes(block_type: str, columns: int) -> int:
     return columns // kind.elements * kind.nbytes
 
 
-def tiles(rows: int, columns: int) -> list[slice]:
+def tiles(rows: int, columns: int, size: int = _TILE) -> list[slice]:
     """Cut a matrix into runs of rows that a multiplication dequantizes at a time.
 
     Args:
         rows: Its rows.
         columns: Its columns.
+        size: Elements of a tile.
     """
-    step = max(1, _TILE // max(columns, 1))
+    step = max(1, size // max(columns, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def linear_by_tiles(x: torch.Tensor, leaf: Dense) -> torch.Tensor:
+def linear_by_tiles(x: torch.Tensor, leaf: Dense, size: int = _TILE) -> torch.Tensor:
     """Multiply with a weight that is dequantized tile by tile, in the dtype of `x`.
 
     Args:
         x: [rows, in].
         leaf: The layer.
+        size: Elements of a tile.
     """
-    parts = [F.linear(x, leaf.rows(part, x.dtype)) for part in tiles(leaf.out_features, leaf.in_features)]
+    cuts = tiles(leaf.out_features, leaf.in_features, size)
+    parts = [F.linear(x, leaf.rows(part, x.dtype)) for part in cuts]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 

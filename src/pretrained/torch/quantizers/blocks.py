@@ -17,9 +17,7 @@ from pretrained.core.ggml import BLOCK_TYPES, DEQUANTIZABLE
 from pretrained.core.plan import LoadPlan, LoadStep
 from pretrained.errors import ArgumentError
 from pretrained.torch.nn import Conv1D
-from pretrained.torch.offload import release_clean
-from pretrained.torch.quantize import block_types_of, gguf_leaf, put, quantized_leaves
-from pretrained.torch.quantized_blocks import GgufLinear
+from pretrained.torch.quantize import block_types_of, gguf_leaf, put
 from pretrained.torch.quantizers.base import Quantizing
 from pretrained.torch.tensors import TORCH_DTYPES, Read
 
@@ -62,10 +60,6 @@ class Blocks(Quantizing):
         """Note the type of each layer in the config: the bytes alone do not tell."""
         self.config = dataclasses.replace(self.config, block_types=block_types_of(model))
         super().finish(model)
-        for leaf in quantized_leaves(model).values():
-            if isinstance(leaf, GgufLinear) and leaf.hidden_nbytes:
-                # The kernel has its own copy; the file's pages come back when something asks for them.
-                release_clean(leaf.weight.detach())
 
 
 def _users(plan: LoadPlan) -> dict[str, tuple[str, ...]]:
