@@ -365,7 +365,11 @@ class QuantizedLinear(IntegerLeaf, Dense):
         Args:
             x: [rows, in].
         """
-        if x.device.type != "cpu" or len(x) > KERNEL_ROWS or self.compute_dtype(x) != torch.bfloat16:
+        if (
+            x.device.type != "cpu"
+            or len(x) > KERNEL_ROWS[self.form.bits]
+            or self.compute_dtype(x) != torch.bfloat16
+        ):
             return None
         is_ready = self._lays_out_at_call
         if self.form.bits == 8:
@@ -391,9 +395,12 @@ class QuantizedLinear(IntegerLeaf, Dense):
         if kernel is not None and self.weight_order is not None:
             inner = inner[:, self.weight_order]
         if kernel == "int8pack":
-            result = torch._weight_int8pack_mm(inner.contiguous(), *self._laid_out())
+            ready = (self.weight, self.weight_scale)
+            if self._lays_out_at_call or self.weight_scale.dtype != torch.bfloat16:
+                ready = self._laid_out()
+            result = torch._weight_int8pack_mm(inner.contiguous(), *ready)
         elif kernel == "int4pack":
-            weight, scales = self._laid_out()
+            weight, scales = (self.weight, self._scales) if self._scales is not None else self._laid_out()
             group = self.in_features // scales.shape[0]
             result = torch.ops.aten._weight_int4pack_mm_for_cpu(inner.contiguous(), weight, group, scales)
         elif self.weight_scale.dim() == 1:

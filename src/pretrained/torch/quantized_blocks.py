@@ -128,7 +128,7 @@ class GgufLinear(GgufLeaf, Dense):
                 result += other.multiply(x)
             return result
         # A few rows wait for the weight, which is best multiplied while it is in the cache.
-        size = TILE if len(x) <= KERNEL_ROWS else 16 * TILE
+        size = TILE if len(x) <= KERNEL_ROWS[4] else 16 * TILE
         if self.computes_in is None:
             return linear_by_tiles(x, self, size)
         return linear_by_tiles(x.to(self.computes_in), self, size).to(x.dtype)

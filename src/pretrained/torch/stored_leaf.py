@@ -259,7 +259,8 @@ class StoredLinear(StoredLeaf, Dense):
         Args:
             x: [rows, in].
         """
-        if x.device.type != "cpu" or len(x) > KERNEL_ROWS or self.compute_dtype(x) != torch.bfloat16:
+        few = KERNEL_ROWS.get(self.form.bits, 0)
+        if x.device.type != "cpu" or len(x) > few or self.compute_dtype(x) != torch.bfloat16:
             return None
         return None if self._kernel_scales is None else f"int{self.form.bits}pack"
 
