@@ -54,7 +54,8 @@ class Setting:
     """What the rows are measured on: the checkpoint, and how often."""
 
     folder: Path
-    is_quick: bool
+    is_quick: bool = False
+    runs: int | None = None
 
     @property
     def files(self) -> list[Path]:
@@ -111,8 +112,8 @@ class Setting:
 
     @property
     def often(self) -> dict[str, int]:
-        """Counted rounds and others."""
-        return {"runs": 3, "warmups": 1} if self.is_quick else {"runs": 5, "warmups": 1}
+        """Counted rounds, and one before them that is not."""
+        return {"runs": self.runs or (3 if self.is_quick else 5), "warmups": 1}
 
 
 def load_warm(at: Setting) -> Comparison:
@@ -260,15 +261,18 @@ CASES: dict[str, Callable[[Setting], Comparison]] = {
 }
 
 
-def run(only: list[str] | None = None, *, is_quick: bool = False) -> list[Comparison]:
+def run(
+    only: list[str] | None = None, *, is_quick: bool = False, runs: int | None = None
+) -> list[Comparison]:
     """Measure rows.
 
     Args:
         only: Names out of `CASES`; None or none for all.
         is_quick: With a checkpoint of 1 GB and fewer rounds.
+        runs: Rounds that count; None for 5, or 3 where quick.
     """
     unknown = sorted(set(only or ()) - set(CASES))
     if unknown:
         raise SystemExit(f"no such row: {', '.join(unknown)}; there are {', '.join(CASES)}")
-    at = Setting(checkpoint(QUICK_LAYERS if is_quick else LAYERS), is_quick)
+    at = Setting(checkpoint(QUICK_LAYERS if is_quick else LAYERS), is_quick, runs)
     return [CASES[name](at) for name in only or CASES]

@@ -32,7 +32,7 @@ THIRD_PARTY = {
     "core": {"huggingface_hub", "ml_dtypes", "numpy", "safetensors", "tqdm"},
     "arch": {"numpy"},
     "text": {"jinja2", "numpy", "tokenizers", "torch"},
-    "torch": {"flash_attn", "ml_dtypes", "numpy", "torch"},
+    "torch": {"bitsandbytes", "flash_attn", "ml_dtypes", "numpy", "torch", "torchao"},
     "testing": {"numpy", "torch"},
     "auto": set(),
     "cli": {"huggingface_hub", "numpy", "torch", "tqdm"},

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sizes, homes and budgets as people write them."""
 
+from pathlib import Path
+
 import pytest
 
 from pretrained.core import budgets
@@ -132,7 +134,7 @@ def test_free_memory_of_this_machine():
 def test_a_memory_group_limits_what_the_system_has(tmp_path):
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 300\n")
+    (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 200\nactive_file 100\n")
     assert budgets._group_left(tmp_path) == 600
     (tmp_path / "memory.max").write_text("max\n")
     assert budgets._group_left(tmp_path) is None
@@ -140,10 +142,23 @@ def test_a_memory_group_limits_what_the_system_has(tmp_path):
 
 
 def test_a_memory_group_of_the_older_interface(tmp_path):
-    (tmp_path / "memory").mkdir()
-    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("1000")
-    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("900")
-    (tmp_path / "memory" / "memory.stat").write_text("total_inactive_file 50\n")
-    assert budgets._group_left(tmp_path) == 150
-    (tmp_path / "memory" / "memory.limit_in_bytes").write_text(str(2**63 - 4096))
+    (tmp_path / "memory.limit_in_bytes").write_text("1000")
+    (tmp_path / "memory.usage_in_bytes").write_text("900")
+    (tmp_path / "memory.stat").write_text("inactive_file 7\ntotal_inactive_file 50\ntotal_active_file 5\n")
+    assert budgets._group_left(tmp_path) == 155
+    (tmp_path / "memory.limit_in_bytes").write_text(str(2**63 - 4096))
     assert budgets._group_left(tmp_path) is None
+
+
+def test_the_groups_of_this_process_are_asked_from_the_root_down(tmp_path):
+    (tmp_path / "cgroup").write_text("4:memory,hugetlb:/job/step\n3:cpuset:/\n0::/user/me\n")
+    root = Path("/groups")
+    assert budgets._group_folders(tmp_path / "cgroup", root) == [
+        root,
+        root / "memory",
+        root / "memory" / "job",
+        root / "memory" / "job" / "step",
+        root / "user",
+        root / "user" / "me",
+    ]
+    assert budgets._group_folders(tmp_path / "absent", root) == [root, root / "memory"]

@@ -188,7 +188,7 @@ def test_numbers_that_are_no_weights(dtype):
 )
 def test_quantized_weights(name):
     files = checkpoint(**{"q__weight": (2,), f"q.{name}": (1,)})
-    message = r"The weights are quantized: 1 keys hold scales or packed numbers.*later release"
+    message = r"The weights are quantized: 1 keys hold scales or packed numbers.*config.json must say how"
     with pytest.raises(WeightsError, match=message):
         plan_load(files, skeleton(q__weight=(2,)), LoadPolicy(allow_missing=True))
 

@@ -5,7 +5,8 @@ import importlib
 
 import pytest
 
-from pretrained import ArgumentError, NotYetError
+from pretrained import ArgumentError, ConfigError, NotYetError
+from pretrained.core.library_quantization import BitsAndBytesScheme
 from pretrained.core.quantization import (
     QuantizationConfig,
     names_module,
@@ -56,8 +57,61 @@ def test_the_config_object_of_bitsandbytes():
     plain = requested_quantization(BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"]))
     assert plain == config("int8", skip_modules=("lm_head",))
     assert requested_quantization(BitsAndBytesConfig(load_in_4bit=True)) == config("int4")
-    with pytest.raises(NotYetError, match=r"bnb_4bit_quant_type='nf4' belongs to bitsandbytes"):
-        requested_quantization(BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"))
+    for threshold in (5.0, 0.0):
+        wanted = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)
+        with pytest.raises(NotYetError, match=rf"llm_int8_threshold={threshold} belongs to bitsandbytes"):
+            requested_quantization(wanted)
+
+
+def test_what_only_bitsandbytes_has_is_for_that_library():
+    BitsAndBytesConfig = importlib.import_module("transformers").BitsAndBytesConfig
+    wanted = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16"
+    )
+    found = requested_quantization(wanted)
+    assert found == BitsAndBytesScheme(bits=4, quant_type="nf4", compute_dtype="bfloat16")
+    assert stored_quantization(found.to_dict()) == found == stored_quantization(wanted.to_dict())
+    double = requested_quantization(
+        {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["lm_head"]}
+    )
+    assert double == BitsAndBytesScheme(quant_type="fp4", double_quant=True, skip_modules=("lm_head",))
+    assert stored_quantization(double.to_dict()) == double
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "text"),
+    [
+        ({"bnb_4bit_quant_type": "nf5"}, ConfigError, r"no such 4-bit type.*'nf4' or 'fp4', found 'nf5'"),
+        ({"bnb_4bit_quant_storage": "bfloat16"}, NotYetError, "bnb_4bit_quant_storage='bfloat16' is not"),
+        ({"llm_int8_threshold": 4.0}, NotYetError, "llm_int8_threshold=4.0 is not passed on"),
+        ({"llm_int8_skip_modules": [3]}, ArgumentError, "llm_int8_skip_modules is a list of module names"),
+        ({"bnb_4bit_use_double_quant": 3}, ConfigError, "bnb_4bit_use_double_quant is true or false"),
+    ],
+)
+def test_what_bitsandbytes_is_not_asked(fields, error, text):
+    wanted = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", **fields}
+    with pytest.raises(error, match=text):
+        requested_quantization(wanted)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "text"),
+    [
+        ({}, ArgumentError, "torchao is asked for without a scheme"),
+        ({"quant_type": "a", "group_size": 3}, ArgumentError, "'group_size' is no setting of 'torchao'"),
+        ({"quant_type": {"default": 1, "lm_head": 2}}, NotYetError, "differ between modules"),
+        ({"quant_type": "a", "include_input_output_embeddings": True}, NotYetError, "is not offered with"),
+        ({"quant_type": "a", "modules_to_not_convert": [1]}, ArgumentError, "list of module names"),
+    ],
+)
+def test_what_torchao_is_not_asked(fields, error, text):
+    with pytest.raises(error, match=text):
+        requested_quantization({"quant_method": "torchao", **fields})
+
+
+def test_what_torchao_has_saved_is_not_read():
+    with pytest.raises(NotYetError, match=r"What torchao has saved is not read yet \(quantization_config"):
+        stored_quantization({"quant_method": "torchao", "quant_type": {}})
 
 
 @pytest.mark.parametrize(
@@ -73,6 +127,7 @@ def test_the_config_object_of_bitsandbytes():
         ({"quant_method": "int4", "group_size": 48}, ArgumentError, "groups of this size.*32, 64 or 128.*48"),
         ({"quant_method": "int8", "group_size": 32}, ArgumentError, "group_size means nothing for 'int8'"),
         ({"quant_method": "int8", "symmetric": False}, ArgumentError, "symmetric means nothing for 'int8'"),
+        ({"quant_method": "int4", "read_from": "gptq"}, ArgumentError, "read_from is written by a save"),
         ({"quant_method": "gguf", "skip_modules": ["a"]}, ArgumentError, "skip_modules means nothing"),
         ({"quant_method": "int4", "block_types": {"a": "q8_0"}}, ArgumentError, "block_types means nothing"),
         ({"quant_method": "int4", "symetric": False}, ArgumentError, "Did you mean 'symmetric'"),
@@ -102,9 +157,9 @@ def test_the_dictionary_comes_back():
     assert stored_quantization(None) is None
 
 
-@pytest.mark.parametrize("value", [{"quant_method": "awq"}, {"quant_method": "fp8"}, {"load_in_4bit": True}])
+@pytest.mark.parametrize("value", [{"quant_method": "hqq"}, {"quant_method": "fp8"}])
 def test_checkpoints_of_other_libraries(value):
-    with pytest.raises(NotYetError, match=r"weights are quantized \((awq|fp8|bitsandbytes)\).*unquantized"):
+    with pytest.raises(NotYetError, match=r"weights are quantized \((hqq|fp8)\).*unquantized"):
         stored_quantization(value)
 
 

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from pretrained.core import ggml, reader
 from pretrained.core.checkpoint import TensorInfo
+from pretrained.core.prefetch import is_in_memory
 from pretrained.core.reader import MappedFiles
 from pretrained.core.safetensors_file import read_safetensors_header
 from pretrained.core.torch_pickle import read_torch_checkpoint
@@ -220,3 +221,25 @@ def test_released_pages_leave_memory_and_can_be_read_again(tmp_path, way):
         files.release(infos["b"], 0, 100)
         np.testing.assert_array_equal(a, values)
         np.testing.assert_array_equal(b, values + 1)
+
+
+@pytest.mark.parametrize("populates", [True, False])
+def test_a_part_of_a_file_comes_into_the_page_cache(
+    populates: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "weights.bin"
+    file.write_bytes(bytes(5 << 20))
+    if not populates:
+        monkeypatch.setattr(reader, "_POPULATE_READ", 12345)
+    descriptor = os.open(file, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        if is_in_memory(descriptor, 3 << 20, 1 << 20):
+            pytest.skip("this file system keeps its pages")
+        reader.read_into_cache(descriptor, (3 << 20) + 5, (1 << 20) + 7)
+        assert is_in_memory(descriptor, (3 << 20) + 5, (1 << 20) + 7)
+        # Past its end there is nothing to bring, and nothing to fail on.
+        reader.read_into_cache(descriptor, 4 << 20, 9 << 20)
+    finally:
+        os.close(descriptor)

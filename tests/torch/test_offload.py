@@ -18,7 +18,7 @@ from pretrained.core.checkpoint import TensorInfo
 from pretrained.core.plan import LoadStep
 from pretrained.core.safetensors_file import read_safetensors_header
 from pretrained.errors import CheckpointError, FileError, PlacementError
-from pretrained.torch import read_ahead
+from pretrained.torch import offload, read_ahead
 from pretrained.torch.offload import DiskWeights, is_mappable
 from pretrained.torch.offload_folder import INDEX, transformed, written_from_memory
 from pretrained.torch.tensors import mapped_reader
@@ -60,8 +60,11 @@ def test_a_released_weight_takes_no_memory_and_keeps_its_values(file):
     assert torch.equal(weight, torch.arange(ROWS) + 1.0)
 
 
+@pytest.mark.parametrize("system", ["that scans", "that is older"])
 @pytest.mark.parametrize("edit", ["in place", "through data", "through numpy"])
-def test_an_edit_is_never_lost(file, edit):
+def test_an_edit_is_never_lost(file, edit, system, monkeypatch):
+    if system == "that is older":
+        monkeypatch.setattr("pretrained.torch.offload._SCAN", 0xC06066FF)
     store = DiskWeights()
     parameter = nn.Parameter(store.tensor(infos(file)["b"]))
     with torch.no_grad():
@@ -76,6 +79,18 @@ def test_an_edit_is_never_lost(file, edit):
     assert parameter[5000] == -1
     assert span.is_edited
     assert infos(file) and torch.frombuffer(bytearray(file.read_bytes()[-4:]), dtype=torch.float32)[0] > 0
+
+
+@pytest.mark.parametrize("scan", [offload._SCAN, 0xC06066FF])
+def test_pages_of_the_file_are_no_edits(file, scan, monkeypatch):
+    monkeypatch.setattr(offload, "_SCAN", scan)
+    store = DiskWeights()
+    weight = store.tensor(infos(file)["a"])
+    span = store.span_of(weight)
+    assert float(weight.sum()) > 0
+    assert not offload._edited(span._first, span._length, weight)
+    weight[ROWS // 2] += 1
+    assert offload._edited(span._first, span._length, weight)
 
 
 def test_edits_are_seen_without_a_page_table(file, monkeypatch):
@@ -316,7 +331,7 @@ def test_what_is_in_memory_is_not_asked_for(parts, file):
 
 def test_what_is_not_in_memory_is_read_by_threads_that_end(parts, file, monkeypatch):
     read = []
-    monkeypatch.setattr(read_ahead, "_is_in_memory", lambda *_: False)
+    monkeypatch.setattr(read_ahead, "is_in_memory", lambda *_: False)
     monkeypatch.setattr(read_ahead, "_read", lambda file, start, length: read.append((start, length)))
     ahead = read_ahead.ReadAhead()
     ahead.enter(parts[0])
@@ -334,7 +349,7 @@ def test_pieces_are_read_to_their_end(parts):
     os.posix_fadvise(span.file.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     read_ahead._read(span.file, span.info.offset, span.info.nbytes)
     end = span.info.offset + span.info.nbytes
-    assert read_ahead._is_in_memory(span.file.descriptor, span.info.offset, span.info.nbytes)
+    assert read_ahead.is_in_memory(span.file.descriptor, span.info.offset, span.info.nbytes)
     assert end == os.fstat(span.file.descriptor).st_size
 
 

@@ -14,9 +14,12 @@ import torch
 from safetensors.torch import save_file
 
 from pretrained import FileError, LlamaForCausalLM, PlacementError, WeightsError
+from pretrained.core.quantization import QuantizationConfig
+from pretrained.errors import NotYetError
 from pretrained.torch.offload_folder import INDEX
 from pretrained.torch.quantize import quantized_leaves
 from pretrained.torch.quantizers import rounding
+from pretrained.torch.quantizers.base import Quantizing
 from support import gguf_files
 
 CONFIG = {
@@ -218,6 +221,13 @@ def test_a_state_dict_is_quantized_onto_the_disk(tmp_path):
     del model
     gc.collect()
     assert not copies(tmp_path)
+
+
+def test_forms_of_other_libraries_do_not_go_there_yet():
+    quantizer = Quantizing(QuantizationConfig(quant_method="int8"), "float32")
+    quantizer.check_homes(["cpu", 0])
+    with pytest.raises(NotYetError, match=r"another library's form cannot .* yet.*save_pretrained, and load"):
+        quantizer.check_homes(["cpu", "disk"])
 
 
 # -- what is there already -----------------------------------------------------------------------

@@ -3,6 +3,9 @@
 
 import copy
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -455,6 +458,9 @@ def test_places(case, tmp_path):
     }
     away = case.load(dtype="auto", quantization_config=exact, device_map=mixed, offload_folder=tmp_path)
     assert torch.equal(logits(away), logits(here))
+    # The kernels too: bit for bit what the resident model says.
+    away = case.load(dtype="auto", device_map="disk", offload_folder=tmp_path)
+    assert torch.equal(logits(away), logits(case.load(dtype="auto")))
     away.save_pretrained(tmp_path / "saved")
     before, after = (
         load_file(case.folder / "model.safetensors"),
@@ -676,3 +682,78 @@ def test_casts_are_refused(cases):
         model = cases(name).load()
         with pytest.raises(ValueError, match=r"cannot be cast.*dequantize\(\)"):
             model.half()
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+MEASURE = """
+import ctypes, gc, json, sys
+sys.path[:0] = {path}
+import torch
+torch.set_num_threads(1)
+from pretrained import LlamaForCausalLM
+
+def status(name):
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines[name].split()[0]) * 1024
+
+tiny, path, options = *sys.argv[1:3], json.loads(sys.argv[3])
+LlamaForCausalLM.from_pretrained(tiny, **options)  # what first calls cost
+gc.collect()
+if hasattr(ctypes.CDLL(None), "malloc_trim"):
+    ctypes.CDLL(None).malloc_trim(0)
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+model = LlamaForCausalLM.from_pretrained(path, **options)
+print(json.dumps([status("VmHWM") - before, model.get_memory_footprint()]))
+"""
+
+
+def write_large(folder, name, **sizes):
+    """Write a checkpoint without quantizing anything: only its sizes matter."""
+    model = family(**sizes, max_position_embeddings=64)
+    model.config.save_pretrained(folder)
+    state = dict(model.state_dict())
+    for path in [path for path, module in model.named_modules() if type(module) is nn.Linear]:
+        rows, columns = state[f"{path}.weight"].shape
+        if path == "lm_head":
+            continue
+        if name == "int4":
+            del state[f"{path}.weight"]
+            state[f"{path}.weight_packed"] = torch.ones(rows, columns // 8, dtype=torch.int32)
+            state[f"{path}.weight_scale"] = torch.ones(rows, columns // 32, dtype=torch.bfloat16)
+        else:
+            state[f"{path}.weight"] = torch.ones(rows, columns).to(torch.float8_e4m3fn)
+            state[f"{path}.weight_scale_inv"] = torch.ones(-(-rows // 128), -(-columns // 128))
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    config = compressed(group(), PACK) if name == "int4" else fp8((128, 128))
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**said, "quantization_config": config}))
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to reset the peak"
+)
+@pytest.mark.parametrize(("name", "dequantize"), [("int4", False), ("fp8", False), ("fp8", True)])
+def test_a_load_takes_what_the_model_takes(tmp_path, name, dequantize):
+    big = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 8}
+    for folder, sizes in (("tiny", {}), ("big", big)):
+        (tmp_path / folder).mkdir()
+        write_large(tmp_path / folder, name, **sizes)
+    method = "fp8" if name == "fp8" else "compressed-tensors"
+    options = {"dtype": "bfloat16", "quantization_config": {"quant_method": method, "dequantize": dequantize}}
+    script = MEASURE.format(path=sys.path)
+    paths = [str(tmp_path / "tiny"), str(tmp_path / "big")]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *paths, json.dumps(options)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    peak, footprint = json.loads(done.stdout)
+    numbers = 4 * (2 * 1024 * 1024 + 3 * 1024 * 2816)
+    assert footprint > (2 if dequantize else 0.5 if name == "int4" else 1) * numbers
+    # The largest tensor, what the decoding of a tile takes, and the allocator's.
+    limit = (footprint if dequantize or name == "int4" else 0) + 24 * (1 << 20)
+    assert peak < limit, (peak, footprint)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pretrained.errors import PlacementError, did_you_mean
@@ -175,7 +175,7 @@ def available_host_memory() -> int | None:
 
     What the system has left, or its memory group (a container's limit), whichever is less. Linux only.
     """
-    lefts = [_system_left(), _group_left(Path("/sys/fs/cgroup"))]
+    lefts = [_system_left(), *(_group_left(folder) for folder in _group_folders())]
     known = [left for left in lefts if left is not None]
     return min(known, default=None)
 
@@ -189,21 +189,46 @@ def _system_left() -> int | None:
     return None if found is None else int(found[1]) * 1024
 
 
-def _group_left(root: Path) -> int | None:
+def _group_folders(
+    groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> list[Path]:
+    """Return the folders that describe the memory groups this process is in, the outermost first.
+
+    A container sees its own group at the root; a job of a scheduler or a service sees the whole tree, and
+    which group is its own stands in `groups`: lines of ``number:controllers:path`` (Linux, cgroups(7)).
+    """
+    folders = [root, root / "memory"]
+    try:
+        lines = groups.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return folders
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        # The newer interface has one tree and names no controllers.
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        folder = root / "memory" if controllers else root
+        for name in PurePosixPath(path).parts[1:]:
+            folder /= name
+            folders.append(folder)
+    return folders
+
+
+def _group_left(folder: Path) -> int | None:
     """Return what a memory group leaves; page cache counts as left, for the system takes it back."""
     for limit, used, cached in (
-        ("memory.max", "memory.current", r"^inactive_file (\d+)$"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", r"^total_inactive_file (\d+)$"),
+        ("memory.max", "memory.current", r"^(?:in)?active_file (\d+)$"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", r"^total_(?:in)?active_file (\d+)$"),
     ):
         try:
-            most = (root / limit).read_text(encoding="ascii").strip()
-            taken = int((root / used).read_text(encoding="ascii"))
-            stat = (root / limit).with_name("memory.stat").read_text(encoding="ascii")
+            most = (folder / limit).read_text(encoding="ascii").strip()
+            taken = int((folder / used).read_text(encoding="ascii"))
+            stat = (folder / "memory.stat").read_text(encoding="ascii")
         except (OSError, ValueError):
             continue
         # The older interface writes "no limit" as a number near 2**63.
         if not most.isdecimal() or int(most) >= 1 << 60:
             return None
-        found = re.search(cached, stat, re.MULTILINE)
-        return max(0, int(most) - taken + (int(found[1]) if found else 0))
+        return max(0, int(most) - taken + sum(map(int, re.findall(cached, stat, re.MULTILINE))))
     return None

@@ -13,6 +13,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from pretrained.core.file_state import FileState
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -54,6 +56,7 @@ class Checkpoint:
         framework: Who wrote it: ``"pt"``, ``"tf"``, ``"flax"``, ``"mlx"``, or None where the file
             does not say.
         metadata: The files' own metadata; for GGUF its typed key-value section.
+        states: What the files were like when their headers were read.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -61,6 +64,7 @@ class Checkpoint:
     format: str
     framework: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    states: Mapping[Path, FileState] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:

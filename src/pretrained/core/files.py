@@ -16,15 +16,23 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from pretrained.core.checkpoint import Checkpoint, TensorInfo
+from pretrained.core.file_state import states_of
 from pretrained.core.gguf import read_gguf
 from pretrained.core.safetensors_file import read_safetensors_header
 from pretrained.core.torch_pickle import read_torch_checkpoint
-from pretrained.core.untrusted import DOWNLOAD_AGAIN, describe_start, open_regular, parse_json_object, read_at
+from pretrained.core.untrusted import (
+    DOWNLOAD_AGAIN,
+    describe_start,
+    fault_of,
+    open_regular,
+    parse_json_object,
+    read_at,
+)
 from pretrained.core.weights_names import INDEX_NAME, candidates, choose_weights, few
 from pretrained.errors import ArgumentError, CheckpointError, FileError
 
@@ -106,7 +114,7 @@ def find_weights(
         CheckpointError: the index is malformed, leaves the folder, or names a file that is not there.
     """
     try:
-        names = {entry.name for entry in os.scandir(folder) if not entry.is_dir()}
+        names = {entry.name for entry in os.scandir(folder) if not os.path.isdir(entry.path)}
     except OSError as error:
         raise FileError(
             "The folder cannot be read", where=folder, found=str(error), mend="Check the path."
@@ -157,9 +165,12 @@ def open_checkpoint(weights: WeightsFiles | Path) -> Checkpoint:
     """
     if isinstance(weights, Path):
         weights = find_weights(weights) if weights.is_dir() else _from_file(weights)
+    states = states_of(weights.files)
     parts = [_READERS[weights.format](file) for file in weights.files]
+    # A GGUF file may name others.
+    states = states_of(file for part in parts for file in part.files) | states
     if weights.index is None or weights.weights_index is None:
-        return parts[0]
+        return replace(parts[0], states=states)
     tensors = _merge_tensors(parts)
     _check_against_index(tensors, weights.weights_index, index=weights.index)
     return Checkpoint(
@@ -168,6 +179,7 @@ def open_checkpoint(weights: WeightsFiles | Path) -> Checkpoint:
         format=weights.format,
         framework=_common_framework(parts),
         metadata=_merge_metadata(parts) | {"index": dict(weights.weights_index.metadata)},
+        states=states,
     )
 
 
@@ -270,10 +282,9 @@ def _check_inside(gguf_file: str) -> None:
 def _shard(index: Path, name: str) -> Path:
     """Return the path of a file that an index names, having checked that it may be used."""
     file, folder = index.parent / name, index.parent.resolve()
-    if not file.is_file():
-        fault = "is a link that leads nowhere" if file.is_symlink() else "does not exist"
+    if not os.path.isfile(file):
         raise CheckpointError(
-            f"The weights index names the file {name!r}, which {fault}",
+            f"The weights index names the file {name!r}, which {fault_of(file)}",
             where=index,
             mend="The download or copy is incomplete: fetch or copy that file as well.",
         )

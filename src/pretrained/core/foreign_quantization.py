@@ -22,7 +22,7 @@ class ForeignScheme:
 
     Attributes:
         quant_method: Its name in config.json.
-        compute_dtype: As `QuantizationConfig.compute_dtype`; from the call, not from the file.
+        compute_dtype: As `QuantizationConfig.compute_dtype`.
     """
 
     quant_method: ClassVar[str]

@@ -287,8 +287,8 @@ def _check_numbers(
             f"The weights are quantized: {len(quantized)} keys hold scales or packed numbers",
             where=source,
             found=_listed(fold_keys(quantized)),
-            mend="Reading what other libraries have quantized comes with a later release; use the "
-            "checkpoint in a plain dtype, or a GGUF file.",
+            mend="To be read, config.json must say how, as quantization_config; otherwise use the checkpoint "
+            "in a plain dtype, or a GGUF file.",
         )
     whole = [
         f"{step.key} ({step.source.dtype})"

@@ -31,9 +31,12 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any, Final
 
+from pretrained.core.awq import AwqScheme
 from pretrained.core.dtypes import floating_dtype_name
 from pretrained.core.foreign_quantization import ForeignScheme
+from pretrained.core.gptq import GptqScheme
 from pretrained.core.integer_form import IntegerForm
+from pretrained.core.library_quantization import BitsAndBytesScheme, TorchAoScheme, asks_for_bitsandbytes
 from pretrained.core.skeleton import ParamSpec, Skeleton
 from pretrained.errors import ArgumentError, NotYetError, did_you_mean
 
@@ -44,12 +47,17 @@ DEFAULT_GROUP_SIZE: Final = 32
 SCALE_BYTES: Final = 2
 
 # Methods of other libraries whose checkpoints are read: one line for each.
-READ_METHODS: Final[Mapping[str, type[ForeignScheme]]] = {}
+READ_METHODS: Final[Mapping[str, type[ForeignScheme]]] = {
+    "awq": AwqScheme,
+    "bitsandbytes": BitsAndBytesScheme,
+    "gptq": GptqScheme,
+    "torchao": TorchAoScheme,
+}
 
 # Methods that the ecosystem's checkpoints name and that are not read yet.
 _FOREIGN: Final = (
-    "aqlm", "auto-round", "awq", "bitnet", "bitsandbytes", "compressed-tensors", "eetq", "fbgemm_fp8",
-    "fp8", "fp_quant", "gptq", "higgs", "hqq", "mxfp4", "mxfp8", "nvfp4", "quanto", "quark", "spqr",
+    "aqlm", "auto-round", "bitnet", "bitsandbytes", "compressed-tensors", "eetq", "fbgemm_fp8",
+    "fp8", "fp_quant", "higgs", "hqq", "mxfp4", "mxfp8", "nvfp4", "quanto", "quark", "spqr",
     "torchao", "vptq",
 )  # fmt: skip
 
@@ -196,8 +204,8 @@ class QuantizationConfig:
         values: dict[str, Any] = {"quant_method": self.quant_method}
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name == "group_size" and value is not None:
-                values[item.name] = value
+            if item.name == "group_size":
+                values |= {} if value is None else {item.name: value}
             elif value != getattr(plain, item.name):
                 values[item.name] = list(value) if isinstance(value, tuple) else value
         if self.block_types:
@@ -207,13 +215,14 @@ class QuantizationConfig:
 
 def requested_quantization(
     value: Any, *, load_in_8bit: bool = False, load_in_4bit: bool = False
-) -> QuantizationConfig | None:
+) -> QuantizationConfig | ForeignScheme | None:
     """Return what the arguments of a call ask for.
 
     Args:
         value: `quantization_config`: a `QuantizationConfig`, a dictionary with ``quant_method``, or an
-            object with ``to_dict()``, such as a BitsAndBytesConfig, whose two modes mean our int8 and
-            int4. None asks for nothing.
+            object with ``to_dict()``. A BitsAndBytesConfig's two modes mean our int8 and int4, unless it asks
+            for what only that library has (nf4, double quantization); a TorchAoConfig, or a config object of
+            torchao itself, is for that library. None asks for nothing.
         load_in_8bit: The old spelling of int8.
         load_in_4bit: The old spelling of int4.
 
@@ -222,7 +231,7 @@ def requested_quantization(
         NotYetError: a method of another library, which this version does not offer.
     """
     config = _requested(value, load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
-    if config is not None and config.read_from is not None:
+    if isinstance(config, QuantizationConfig) and config.read_from is not None:
         raise ArgumentError(
             "read_from is written by a save, and means nothing in a call",
             where="quantization_config.read_from",
@@ -232,7 +241,9 @@ def requested_quantization(
     return config
 
 
-def _requested(value: Any, *, load_in_8bit: bool, load_in_4bit: bool) -> QuantizationConfig | None:
+def _requested(
+    value: Any, *, load_in_8bit: bool, load_in_4bit: bool
+) -> QuantizationConfig | ForeignScheme | None:
     if load_in_8bit and load_in_4bit:
         raise ArgumentError("A weight has 8 bits or 4", where="load_in_8bit, load_in_4bit")
     short = "int8" if load_in_8bit else "int4" if load_in_4bit else None
@@ -284,16 +295,22 @@ def stored_quantization(
     return _from_fields(values)
 
 
-def _parsed(value: Any) -> QuantizationConfig | None:
+def _parsed(value: Any) -> QuantizationConfig | ForeignScheme | None:
     if isinstance(value, QuantizationConfig):
         return value
+    if type(value).__module__.partition(".")[0] == "torchao":
+        value = {"quant_method": "torchao", "quant_type": value}
     values = dict(value) if isinstance(value, Mapping) else _as_dict(value)
     values = {name: item for name, item in values.items() if not name.startswith("_")}
     bits8, bits4 = values.pop("load_in_8bit", False), values.pop("load_in_4bit", False)
     if bits8 or bits4:
         if bits8 and bits4:
             raise ArgumentError("A weight has 8 bits or 4", where="quantization_config")
+        if asks_for_bitsandbytes({"load_in_4bit": bits4, **values}):
+            return BitsAndBytesScheme.requested({"load_in_4bit": True, **values})
         return _from_bitsandbytes("int8" if bits8 else "int4", values)
+    if values.get("quant_method") == "torchao":
+        return TorchAoScheme.requested(values)
     if values.get("quant_method") == "gguf" and values.pop("dequantize", False):
         return None
     return _from_fields(values)
@@ -314,7 +331,7 @@ def _from_bitsandbytes(method: str, values: dict[str, Any]) -> QuantizationConfi
         given = values.pop(name, idle[0])
         if not any(given == choice or str(given) == choice for choice in idle):
             raise NotYetError(
-                f"{name}={given!r} belongs to bitsandbytes, whose formats are not offered yet",
+                f"{name}={given!r} belongs to bitsandbytes, and is not passed on to it",
                 where="quantization_config",
                 mend="Leave it out for this library's int8 or int4.",
             )
@@ -356,7 +373,7 @@ def _unknown_method(method: Any) -> ArgumentError | NotYetError:
         where="quantization_config.quant_method",
         expected=" or ".join(repr(name) for name in METHODS),
         found=repr(method),
-        mend=did_you_mean(str(method), METHODS) or None,
+        mend=did_you_mean(str(method), (*METHODS, *READ_METHODS, *_FOREIGN)) or None,
     )
 
 

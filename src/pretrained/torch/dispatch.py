@@ -219,6 +219,7 @@ def leave(model: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> 
 
     Raises:
         PlacementError: the memory for the weights on disk is not there; nothing has changed then.
+        CheckpointError: a file that weights on disk lie in was changed.
     """
     dispatch = model.__dict__.get("_dispatch")
     if dispatch is None:
@@ -226,8 +227,10 @@ def leave(model: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> 
     need, seen = 0, set()
     device = convert(next(model.parameters()).detach().view(-1)[:1]).device
     for tensor in (*model.parameters(), *model.buffers()):
-        if dispatch.store.span_of(tensor.data) is None or tensor.data_ptr() in seen:
+        span = dispatch.store.span_of(tensor.data)
+        if span is None or tensor.data_ptr() in seen:
             continue
+        span.file.check()
         seen.add(tensor.data_ptr())
         probe = convert(tensor.data.view(-1)[:1])
         if (probe.dtype, probe.device) != (tensor.dtype, tensor.device):
@@ -235,18 +238,51 @@ def leave(model: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> 
     # Quantized layers get a copy in the layout of their kernel.
     leaves = [module for module in model.modules() if isinstance(module, IntegerLeaf)]
     need += sum({leaf.weight.data_ptr(): leaf.weight.nbytes for leaf in leaves}.values())
-    left = available_host_memory() if device.type == "cpu" else None
+    if device.type == "cpu":
+        check_room(need, "to, half, float, ...")
+    remove_hooks(model)
+    if hasattr(model, "hf_device_map"):
+        model.hf_device_map = {"": home_name(device)}  # type: ignore[assignment]
+
+
+def check_room(need: int, where: str) -> None:
+    """Raise where weights that are read in from disk do not fit into main memory.
+
+    Args:
+        need: Their bytes.
+        where: What asks for them.
+
+    Raises:
+        PlacementError: they do not.
+    """
+    left = available_host_memory()
     if left is not None and need > left:
         raise PlacementError(
             "The weights on disk do not fit into memory together",
-            where="to, half, float, ...",
+            where=where,
             expected=f"{format_bytes(need)} of free memory",
             found=format_bytes(left),
             mend="Load the model again with the dtype or device_map that you want.",
         )
-    remove_hooks(model)
-    if hasattr(model, "hf_device_map"):
-        model.hf_device_map = {"": home_name(device)}  # type: ignore[assignment]
+
+
+def modules_changed(model: nn.Module) -> None:
+    """Go on after layers of a placed model were replaced by others, whose weights are in memory.
+
+    Where everything runs on the CPU the model has left its homes then. Over several devices it keeps them.
+
+    Args:
+        model: Any module; one that was not placed is left alone.
+    """
+    dispatch = model.__dict__.get("_dispatch")
+    if dispatch is None:
+        return
+    if all(device.type == "cpu" for device in dispatch.homes.devices):
+        remove_hooks(model)
+        model.hf_device_map = {"": CPU}  # type: ignore[assignment]
+    else:
+        skip = getattr(model, "_skip_keys_device_placement", None) or ()
+        attach(model, dispatch.homes, dispatch.store, skip_keys=skip)
 
 
 # -- parts ---------------------------------------------------------------------------------------

@@ -20,8 +20,10 @@ from torch import nn
 
 from pretrained.core.budgets import DISK, available_host_memory
 from pretrained.core.checkpoint import Checkpoint, TensorInfo
+from pretrained.core.collector import no_collection
 from pretrained.core.config import PreTrainedConfig
 from pretrained.core.dtypes import DTYPES, floating_dtype_name
+from pretrained.core.file_state import FilesInUse
 from pretrained.core.keys import KeyRule
 from pretrained.core.options import LoadOptions, unknown_argument
 from pretrained.core.plan import LoadPlan, LoadPolicy, LoadStep, check_depth, plan_load
@@ -48,6 +50,7 @@ from pretrained.torch.load_sources import (
     read_generation_config,
     read_model_config,
 )
+from pretrained.torch.mapped_mixin import files_in_use
 from pretrained.torch.offload import DiskWeights
 from pretrained.torch.place import (
     blocks_of,
@@ -60,13 +63,14 @@ from pretrained.torch.place import (
     write_new,
 )
 from pretrained.torch.quantize import all_ties, packed_keys
-from pretrained.torch.quantized import IntegerLeaf
+from pretrained.torch.quantized import IntegerLeaf, MadeWeight
 from pretrained.torch.quantizers.base import Quantizer
 from pretrained.torch.quantizers.choose import quantizer_for
 from pretrained.torch.rounding import Packed
 from pretrained.torch.serial_threads import serial_pool
 from pretrained.torch.tensors import TORCH_DTYPES, Read, dtype_name_of, mapped_reader, state_dict_reader
 from pretrained.torch.ties import settle_ties
+from pretrained.torch.uploads import Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +80,8 @@ DEFAULT_DTYPE = "float32"
 Model = TypeVar("Model", bound=Any)
 
 
+# Tensors made in inference mode could never be trained, nor used with any that are.
+@torch.inference_mode(False)
 def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: Any, **kwargs: Any) -> Any:
     """Load a model; `PreTrainedModel.from_pretrained` documents the arguments.
 
@@ -94,6 +100,7 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     check_generation_config(options.generation_config)
     source = find_source(path, options)
     checkpoint = open_weights(source, options)
+    states = checkpoint.states
     config, kwargs = read_model_config(cls, source, checkpoint, options, kwargs)
     check_depth(config, checkpoint, path)
     dtype = resolve_dtype(options.dtype, config, checkpoint)
@@ -114,7 +121,7 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     )
     model.generation_config = read_generation_config(model, source, options)
     read = None if options.state_dict is None else state_dict_reader(options.state_dict)
-    files = MappedFiles() if options.state_dict is None else None
+    files = MappedFiles(states) if options.state_dict is None else None
     if device is not None:
         quantizer.is_resident = True
         plan, read = quantizer.wrap(model, plan, read or mapped_reader(files, copy_all=options.disable_mmap))
@@ -122,8 +129,11 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
         execute(model, plan, device, read, options.progress, files=files, dtype=dtype, computes=computes)
     else:
         plan = execute_placed(model, plan, skeleton, read, files, options, dtype, quantizer)
+    # What was changed while it was read is not trusted, wherever its weights went.
+    FilesInUse(states).check("while it was being loaded")
     config.dtype = dtype_name_of(model.dtype)
     model._checkpoint_names = dict(plan.renamed)
+    model._files_in_use = None if files is None or options.disable_mmap else files_in_use(model, plan, files)
     quantizer.finish(model)
     model.eval()
     if options.device_map is not None and device is not None:
@@ -146,6 +156,7 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     return (model, report.loading_info()) if options.output_loading_info else model
 
 
+@torch.inference_mode(False)
 def from_config(
     cls: type[Model],
     config: PreTrainedConfig,
@@ -193,7 +204,7 @@ def build_empty(cls: type[Model], config: PreTrainedConfig, *args: Any, **kwargs
     """
     _check_arguments(cls, config, args, kwargs)
     try:
-        with no_memory():
+        with no_memory(), no_collection():
             return cls(config, *args, **kwargs)
     except ConfigError as error:
         if config.name_or_path and config.name_or_path not in str(error.where):
@@ -310,11 +321,14 @@ def execute(
     buffers = buffers_of(model)
     ahead = Prefetch(files, () if files is None else _to_read(plan, homes, buffers))
     done, total = 0, plan.nbytes_to_read
+    uploads = Uploads(files)
 
     def read_home(step: LoadStep) -> torch.Tensor:
-        return read(step, homes.resting(step.key, is_buffer=step.key in buffers))
+        device = homes.resting(step.key, is_buffer=step.key in buffers)
+        # What is quantized on the way is laid out for the device that it goes to.
+        return read(step, device) if computes else uploads.read(step, device, read)
 
-    with reporting(progress, total, "loading") as report:
+    with reporting(progress, total, "loading") as report, uploads:
         for step, tensor in _read_all(plan, read_home, ahead, computes):
             assign(model, step.key, tensor)
             done += step.source.nbytes
@@ -424,7 +438,7 @@ def _to_read(plan: LoadPlan, homes: Homes, buffers: frozenset[str]) -> list[Tens
     return [step.source for step in steps if fits or not step.is_view]
 
 
-def assign(model: nn.Module, key: str, tensor: torch.Tensor | Packed) -> None:
+def assign(model: nn.Module, key: str, tensor: torch.Tensor | Packed | MadeWeight) -> None:
     """Put a tensor where a key says, keeping whether it is trained.
 
     Args:
@@ -435,7 +449,9 @@ def assign(model: nn.Module, key: str, tensor: torch.Tensor | Packed) -> None:
     path, _, name = key.rpartition(".")
     module = model.get_submodule(path)
     old = module._parameters.get(name)
-    if isinstance(tensor, Packed):
+    if isinstance(tensor, MadeWeight):
+        module._parameters[name] = tensor.parameter
+    elif isinstance(tensor, Packed):
         assert isinstance(module, IntegerLeaf)
         module.fill(tensor)
     elif old is not None:

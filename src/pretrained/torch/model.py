@@ -21,6 +21,7 @@ from pretrained.torch import load, save
 from pretrained.torch.attention import check_attn_implementation
 from pretrained.torch.embeddings_mixin import EmbeddingAccessMixin
 from pretrained.torch.initialise import initialise, initialise_module
+from pretrained.torch.mapped_mixin import MappedModelMixin
 from pretrained.torch.placed_mixin import PlacedModelMixin
 from pretrained.torch.quantize import all_ties
 from pretrained.torch.quantized_mixin import QuantizedModelMixin
@@ -28,7 +29,13 @@ from pretrained.torch.utils_mixin import ModuleUtilsMixin
 
 
 class PreTrainedModel(
-    QuantizedModelMixin, PlacedModelMixin, nn.Module, EmbeddingAccessMixin, ModuleUtilsMixin, PushToHubMixin
+    QuantizedModelMixin,
+    MappedModelMixin,
+    PlacedModelMixin,
+    nn.Module,
+    EmbeddingAccessMixin,
+    ModuleUtilsMixin,
+    PushToHubMixin,
 ):
     """Base of every model.
 

@@ -15,9 +15,11 @@ a layer computes is beyond that. Replacing a file by a rename is safe: the map k
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import os
+import struct
 import sys
 import weakref
 from collections.abc import Iterable
@@ -29,10 +31,14 @@ import numpy as np
 import torch
 
 from pretrained.core.checkpoint import TensorInfo
+from pretrained.core.file_state import changed
 from pretrained.core.plan import LoadStep
 from pretrained.core.reader import MappedFiles, release_pages
-from pretrained.errors import ArgumentError, CheckpointError, FileError, PlacementError
+from pretrained.errors import ArgumentError, FileError, PlacementError
 from pretrained.torch.tensors import TORCH_DTYPES
+
+if sys.platform == "linux":
+    import fcntl
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +49,10 @@ _CAN_RELEASE: Final = sys.platform == "linux"
 
 # Linux, Documentation/admin-guide/mm/pagemap.rst: 8 bytes a page.
 _PAGEMAP: Final = "/proc/self/pagemap"
+# The same page, "ioctl PAGEMAP_SCAN": struct pm_scan_arg, and the categories of a page.
+_SCAN: Final = 0xC0606610
+_SCAN_FIELDS: Final = struct.Struct("=12Q")
+_IS_FILE, _IS_PRESENT, _IS_SWAPPED = 1 << 2, 1 << 3, 1 << 4
 _PRESENT, _SWAPPED, _OF_FILE = np.uint64(1 << 63), np.uint64(1 << 62), np.uint64(1 << 61)
 
 
@@ -80,15 +90,7 @@ class WatchedFile:
         now = self._look()
         if now == self._state:
             return
-        cut = now[0] < self._state[0]
-        raise CheckpointError(
-            f"A weights file was {'cut short' if cut else 'changed'} under a model that runs from it",
-            where=self.path,
-            expected=f"{self._state[0]} bytes, unchanged since the load",
-            found=f"{now[0]} bytes",
-            mend="Restore the file and load the model again. To update a checkpoint under a running model, "
-            "write new files and rename them into place, as save_pretrained does.",
-        )
+        raise changed(self.path, self._state[0], now[0], "under a model that runs from it")
 
 
 class Span:
@@ -141,14 +143,26 @@ def _edited(address: int, length: int, tensor: torch.Tensor) -> bool:
     """Tell whether any page was written to, and is a private copy now."""
     try:
         with open(_PAGEMAP, "rb", buffering=0) as pagemap:
-            entries = np.frombuffer(
-                os.pread(pagemap.fileno(), length // PAGE * 8, address // PAGE * 8), np.uint64
-            )
+            return _scan(pagemap.fileno(), address, length)
     except OSError:
-        entries = np.empty(0, np.uint64)
-    if len(entries) != length // PAGE:
         # Without a page table to ask: torch counts edits, except those through `.data`.
         return tensor._version > 0
+
+
+def _scan(pagemap: int, address: int, length: int) -> bool:
+    """Tell whether a range holds a page that is not the file's: copied, or swapped out since."""
+    found = np.zeros(3, np.uint64)
+    request = _SCAN_FIELDS.pack(
+        _SCAN_FIELDS.size, 0, address, address + length, 0, found.ctypes.data, 1, 1,
+        _IS_FILE, _IS_FILE, _IS_PRESENT | _IS_SWAPPED, _IS_PRESENT,
+    )  # fmt: skip
+    try:
+        return fcntl.ioctl(pagemap, _SCAN, bytearray(request)) > 0
+    except OSError as error:
+        if error.errno not in (errno.ENOTTY, errno.EINVAL):
+            raise
+    # Linux before 6.7: the same question, a page at a time.
+    entries = np.frombuffer(os.pread(pagemap, length // PAGE * 8, address // PAGE * 8), np.uint64)
     state = entries & (_PRESENT | _SWAPPED | _OF_FILE)
     return bool(((state == _PRESENT) | (state & _SWAPPED > 0)).any())
 

@@ -12,9 +12,8 @@ import hashlib
 import json
 import os
 import secrets
-import sys
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,21 +22,25 @@ from typing import Any, Final
 import torch
 
 from pretrained.core import writer
-from pretrained.core.atomic_files import errors_with_mend, write_text_atomically
+from pretrained.core.atomic_files import errors_with_mend, removed_on_error, write_text_atomically
 from pretrained.core.checkpoint import TensorInfo
 from pretrained.core.dtypes import DTYPES
+from pretrained.core.file_state import replaced
+from pretrained.core.files import MAX_INDEX_BYTES
 from pretrained.core.plan import LoadStep
 from pretrained.core.safetensors_file import read_safetensors_header
+from pretrained.core.untrusted import open_regular, parse_json_object, read_at
 from pretrained.core.writer import plan_shards, safetensors_layout, write_checkpoint
-from pretrained.errors import CheckpointError, FileError, PlacementError
+from pretrained.errors import FileError, PlacementError
 from pretrained.torch.offload import DiskWeights
+from pretrained.torch.offload_tidy import STEM, alone, hold, tidy
 from pretrained.torch.rounding import Packed
 from pretrained.torch.tensors import Read, dtype_name_of
 
 INDEX: Final = "pretrained-offload.json"
 """Name of the index in an offload folder."""
 
-_STEM: Final = "pretrained-offload"
+_STEM: Final = STEM
 _FORMAT: Final = 1
 _WHOLE: Final = 1 << 60
 
@@ -118,15 +121,18 @@ def transformed(
         folder.mkdir(parents=True, exist_ok=True)
     forms, errors = forms or {}, {} if errors is None else errors
     wanted = {step.key: _identity(step, forms.get(step.key)) for step in steps}
-    with _alone(folder):
+    with alone(folder) as is_alone:
         known = _read_index(folder)
         _check_owner(folder, known, wanted)
         infos = _existing(folder, known, wanted, forms, errors)
         left = [step for step in steps if not infos.keys() >= _specs(step, forms).keys()]
         if left:
+            if is_alone:
+                tidy(folder, {entry["file"] for entry in known.values()})
             name = hashlib.sha256(json.dumps([wanted[step.key] for step in left]).encode()).hexdigest()[:16]
             made: dict[str, float] = {}
             file = _write(folder, f"{_STEM}-{name}", left, read, forms, made)
+            _check_unchanged(file, wanted, left, forms)
             infos |= read_safetensors_header(file).tensors
             errors.update({key.removesuffix(".weight"): error for key, error in made.items()})
             entries = {
@@ -138,8 +144,10 @@ def transformed(
                 }
                 for step in left
             }
-            text = json.dumps({"format": _FORMAT, "weights": {**known, **entries}}, indent=1)
-            write_text_atomically(folder / INDEX, text + "\n")
+            there = {key: entry for key, entry in known.items() if (folder / entry["file"]).is_file()}
+            text = json.dumps({"format": _FORMAT, "weights": {**there, **entries}}, indent=1)
+            with removed_on_error(folder, [file.name]):
+                write_text_atomically(folder / INDEX, text + "\n")
     return infos
 
 
@@ -180,7 +188,14 @@ def converted_from_memory(
     """
     with errors_with_mend(folder, what="The offload folder cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
-    file = _write(folder, f"{_STEM}-memory-{secrets.token_hex(8)}", steps, read, forms, {})
+    with alone(folder) as is_alone:
+        if is_alone:
+            named: set[str] = set()
+            with suppress(PlacementError):
+                named = {entry["file"] for entry in _read_index(folder).values()}
+                tidy(folder, named)
+        file = _write(folder, f"{_STEM}-memory-{secrets.token_hex(8)}", steps, read, forms, {})
+        hold(file, store)
     store.remove_with_me(file)
     return dict(read_safetensors_header(file).tensors)
 
@@ -225,9 +240,9 @@ def _write(
     except FileError as error:
         raise FileError(
             "The weights placed on disk need a converted copy, and writing it failed",
-            where=folder,
+            where=error.where or folder,
             expected=f"room for {sum(sizes.values())} bytes",
-            found=error.found,
+            found=error.found if error.expected is None else f"{error.found} free",
             mend="Free space, name an offload_folder elsewhere, or load with dtype='auto': weights that keep "
             "the dtype of their file need no copy.",
         ) from error
@@ -257,6 +272,21 @@ def _identity(step: LoadStep, form: Form | None) -> dict[str, Any]:
     }
 
 
+def _check_unchanged(
+    file: Path,
+    wanted: Mapping[str, Mapping[str, Any]],
+    steps: Sequence[LoadStep],
+    forms: Mapping[str, Form],
+) -> None:
+    """Remove copies whose sources were changed while they were made, and raise."""
+    for step in steps:
+        with suppress(OSError):
+            if _identity(step, forms.get(step.key)) == wanted[step.key]:
+                continue
+        file.unlink(missing_ok=True)
+        raise replaced(step.source.file)
+
+
 def _state(file: Path) -> list[int]:
     state = os.stat(file)
     return [state.st_size, state.st_mtime_ns]
@@ -267,21 +297,25 @@ def _entry(key: str, source: Mapping[str, Any]) -> str:
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
+    if not os.path.lexists(folder / INDEX):
+        return {}
     try:
-        content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        with open_regular(folder / INDEX) as (opened, size):
+            if size > MAX_INDEX_BYTES:
+                raise ValueError(f"{size} bytes")
+            content = parse_json_object(read_at(opened, 0, size), where=folder / INDEX, what="index")
         weights = content["weights"]
         if content["format"] != _FORMAT:
             raise ValueError(f"format {content['format']!r}")
-        if not all({"file", "source"} <= set(entry) for entry in weights.values()):
-            raise ValueError("an entry without file or source")
-    except FileNotFoundError:
-        return {}
+        for entry in weights.values():
+            if not isinstance(entry["file"], str) or not isinstance(entry["source"], dict):
+                raise ValueError("an entry whose file is no name or whose source is no object")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlacementError(
             "The index of the offload folder cannot be read",
             where=folder / INDEX,
             expected=f"an index of format {_FORMAT}",
-            found=str(error),
+            found=getattr(error, "what", None) or str(error),
             mend="Delete the folder, or name another as offload_folder.",
         ) from error
     return dict(weights)
@@ -330,7 +364,7 @@ def _existing(
                 headers[entry["file"]] = (
                     read_safetensors_header(folder / entry["file"]).tensors if intact else {}
                 )
-            except (CheckpointError, OSError):
+            except (OSError, ValueError):
                 headers[entry["file"]] = {}
         form = forms.get(key)
         expected = {key: (source["dtype"], tuple(source["shape"]))} if form is None else form.tensors
@@ -341,21 +375,3 @@ def _existing(
             if isinstance(entry.get("error"), float):
                 errors[key.removesuffix(".weight")] = entry["error"]
     return infos
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Let one process after the other fill a folder; only work depends on it, not what is read."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl  # noqa: PLC0415 - there is none on Windows
-
-    with errors_with_mend(folder, what="The offload folder cannot be written"):
-        descriptor = os.open(folder / f".{_STEM}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -138,7 +138,7 @@ def blocks_of(model: nn.Module, classes: Iterable[str] | None) -> list[str]:
 
 
 def sizes_of(skeleton: Skeleton, plan: LoadPlan, default: str) -> dict[str, int]:
-    """Return the bytes of every weight once it is loaded.
+    """Return the bytes of every weight once it is loaded; of tied ones, only the owner is listed.
 
     Args:
         skeleton: What the model promises.
@@ -147,8 +147,9 @@ def sizes_of(skeleton: Skeleton, plan: LoadPlan, default: str) -> dict[str, int]
     """
     dtypes = {step.key: step.dtype for step in plan.steps}
     sizes = {
-        key: spec.num_elements * DTYPES[dtypes.get(skeleton.ties.get(key, key), default)].itemsize
+        key: spec.num_elements * DTYPES[dtypes.get(key, default)].itemsize
         for key, spec in skeleton.params.items()
+        if key not in skeleton.ties
     }
     return sizes | {key: spec.num_elements * 4 for key, spec in skeleton.derived.items()}
 

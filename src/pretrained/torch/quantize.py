@@ -147,7 +147,7 @@ def integer_leaf(
             leaf = QuantizedLinear(
                 columns, rows, config, bias=False, dtype=dtype, transposed=isinstance(module, Conv1D)
             )
-    return _dressed(leaf, module)
+    return dressed(leaf, module)
 
 
 def gguf_leaf(module: nn.Module, block_type: str, dtype: torch.dtype) -> GgufLeaf:
@@ -166,10 +166,16 @@ def gguf_leaf(module: nn.Module, block_type: str, dtype: torch.dtype) -> GgufLea
             leaf = GgufLinear(
                 columns, rows, block_type, bias=False, dtype=dtype, transposed=isinstance(module, Conv1D)
             )
-    return _dressed(leaf, module)
+    return dressed(leaf, module)
 
 
-def _dressed(leaf: Any, module: nn.Module) -> Any:
+def dressed(leaf: Any, module: nn.Module) -> Any:
+    """Return a leaf with the bias of the layer that it stands for.
+
+    Args:
+        leaf: Empty.
+        module: That layer.
+    """
     bias = getattr(module, "bias", None)
     if bias is not None:
         leaf.bias = bias

@@ -10,6 +10,7 @@ dequantizes and multiplies.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -19,9 +20,11 @@ from torch.nn import functional as F
 from pretrained.core.integer_form import IntegerForm
 from pretrained.core.quantization import QuantizationConfig
 from pretrained.errors import WeightsError
+from pretrained.torch import quantized_cuda
 from pretrained.torch.empty import no_memory
 from pretrained.torch.nn import Conv1D
 from pretrained.torch.quantized_ops import (
+    CUDA_KERNEL_ROWS,
     KERNEL_ROWS,
     Dense,
     QuantizedMatmul,
@@ -44,6 +47,26 @@ INT4_ROWS = 16
 _INT4_GROUPS = (256, 128, 64, 32)
 
 
+@dataclass(frozen=True, slots=True)
+class MadeWeight:
+    """A quantized weight that a library has made, in a class of its own, ready to stand in its layer.
+
+    Attributes:
+        parameter: The weight.
+    """
+
+    parameter: nn.Parameter
+
+    def to(self, device: torch.device) -> MadeWeight:
+        """Return the weight on a device.
+
+        Args:
+            device: Where to.
+        """
+        here = self.parameter.device == device
+        return self if here else MadeWeight(self.parameter.to(device))  # type: ignore[arg-type]
+
+
 class QuantizedLeaf(nn.Module):
     """What every quantized layer has.
 
@@ -51,12 +74,15 @@ class QuantizedLeaf(nn.Module):
         scheme: ``"int8"``, ``"int4"`` or a GGML type such as ``"q4_1"``.
         shape: (out, in) of a dense layer, (rows, size) of an embedding.
         logical_dtype: What the weight would be loaded as if it were not quantized.
+        is_savable: Whether plain tensors can hold it, and so a file.
 
     Args:
         shape: As the attribute.
         scheme: As the attribute.
         dtype: As `logical_dtype`.
     """
+
+    is_savable = True
 
     def __init__(self, shape: tuple[int, int], scheme: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -66,6 +92,11 @@ class QuantizedLeaf(nn.Module):
     def num_weights(self) -> int:
         """How many numbers the weight holds."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def hidden_nbytes(self) -> int:
+        """Bytes of the weight that no parameter shows."""
+        return 0
 
     def rows(self, part: Any, dtype: torch.dtype) -> torch.Tensor:
         """Return rows of the weight, dequantized.
@@ -177,7 +208,7 @@ class IntegerLeaf(QuantizedLeaf):
         """Return rows of 4-bit integers as -8..7."""
         if self._scales is None:
             return unpack_nibbles(self.weight[part]).sub_(8)
-        block = kernel_block()
+        block = quantized_cuda.TILE_ROWS if self.weight.device.type == "cuda" else kernel_block()
         if isinstance(part, slice) and block is not None:
             start, stop, _ = part.indices(self.shape[0])
             first, last = start // block * block, min(-(-stop // block) * block, self.shape[0])
@@ -194,7 +225,7 @@ class IntegerLeaf(QuantizedLeaf):
         return is_whole and kernel_block() is not None
 
     def use_kernel_layout(self) -> bool:
-        """Put 4-bit weights into the layout of this CPU's kernel, in place of the stored one.
+        """Put 4-bit weights into the layout of their device's kernel, in place of the stored one.
 
         Both take as many bytes. The kernel wants scales and offsets in bfloat16: symmetric forms gain a
         column of zeros, and those of other libraries a rounded copy of their scales.
@@ -232,7 +263,14 @@ class IntegerLeaf(QuantizedLeaf):
         self._lays_out_at_call = True
 
     def _has_kernel(self) -> bool:
-        """Tell whether this CPU has a packed kernel for the weight's shape and form."""
+        """Tell whether the weight's device has a packed kernel for its shape and form."""
+        if self.weight.device.type == "cuda":
+            # Its 4-bit kernel takes no other activations; those of others are multiplied by the reference.
+            is_bfloat16 = self.form.compute_dtype == "bfloat16" or (
+                self.form.compute_dtype is None and self.logical_dtype == torch.bfloat16
+            )
+            is_whole = self.form.bits == 4 and is_bfloat16 and self._kernel_group() is not None
+            return is_whole and quantized_cuda.can_multiply(*self.shape, self.weight.device)
         if self.weight.device.type != "cpu" or self.form.compute_dtype == "float32":
             return False
         if self.form.bits == 8:
@@ -250,14 +288,16 @@ class IntegerLeaf(QuantizedLeaf):
         assert group is not None
         # One scale for several of the kernel's groups is repeated.
         times = self.shape[1] // self.weight_scale.shape[1] // group
-        scales = torch.zeros(self.shape[1] // group, self.shape[0], 2, dtype=torch.bfloat16)
+        shape = (self.shape[1] // group, self.shape[0], 2)
+        scales = torch.zeros(shape, dtype=torch.bfloat16, device=self.weight.device)
         scales[..., 0] = self.weight_scale.t().repeat_interleave(times, 0)
         if self.form.zero == "offset":
             assert self.weight_zero is not None
             scales[..., 1] = self.weight_zero.t().repeat_interleave(times, 0)
         elif self.form.zero == "point":
-            offsets = self._points(slice(None))[..., 0].float().neg_() * self.weight_scale
-            scales[..., 1] = offsets.t().repeat_interleave(times, 0)
+            # By the rounded scales: the kernel adds this to products with those, which should cancel.
+            points = self._points(slice(None))[..., 0].t().float().neg_()
+            scales[..., 1] = points.repeat_interleave(times, 0) * scales[..., 0].float()
         return to_kernel_layout(self.weight.detach()), scales
 
     def _kernel_group(self) -> int | None:
@@ -366,14 +406,14 @@ class QuantizedLinear(IntegerLeaf, Dense):
             x: [rows, in].
         """
         if (
-            x.device.type != "cpu"
-            or len(x) > KERNEL_ROWS[self.form.bits]
+            x.device.type not in ("cpu", "cuda")
+            or len(x) > (KERNEL_ROWS[self.form.bits] if x.device.type == "cpu" else CUDA_KERNEL_ROWS)
             or self.compute_dtype(x) != torch.bfloat16
         ):
             return None
         is_ready = self._lays_out_at_call
         if self.form.bits == 8:
-            is_ready = is_ready or _is_aligned(self.weight)
+            is_ready = x.device.type == "cpu" and (is_ready or _is_aligned(self.weight))
             return "int8pack" if is_ready and self._has_kernel() else None
         return "int4pack" if self._scales is not None or (is_ready and self._has_kernel()) else None
 
@@ -395,14 +435,17 @@ class QuantizedLinear(IntegerLeaf, Dense):
         if kernel is not None and self.weight_order is not None:
             inner = inner[:, self.weight_order]
         if kernel == "int8pack":
-            ready = (self.weight, self.weight_scale)
+            ready: tuple[torch.Tensor, torch.Tensor] = (self.weight.detach(), self.weight_scale.detach())
             if self._lays_out_at_call or self.weight_scale.dtype != torch.bfloat16:
                 ready = self._laid_out()
             result = torch._weight_int8pack_mm(inner.contiguous(), *ready)
         elif kernel == "int4pack":
             weight, scales = (self.weight, self._scales) if self._scales is not None else self._laid_out()
             group = self.in_features // scales.shape[0]
-            result = torch.ops.aten._weight_int4pack_mm_for_cpu(inner.contiguous(), weight, group, scales)
+            if x.device.type == "cuda":
+                result = quantized_cuda.multiply(inner, weight, group, scales)
+            else:
+                result = torch.ops.aten._weight_int4pack_mm_for_cpu(inner.contiguous(), weight, group, scales)
         elif self.weight_scale.dim() == 1:
             # Integers up to 127 are exact in every dtype; scaling the result costs less than the weight.
             result = torch.cat(
@@ -493,13 +536,13 @@ def apply_dense(leaf: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.
 def plain_dense(
     leaf: Any, bias: torch.Tensor | None, transposed: bool, dtype: torch.dtype | None
 ) -> nn.Module:
-    """Return the dense layer that a quantized one stands for.
+    """Return the dense layer that a leaf stands for, with its weight dequantized.
 
     Args:
-        leaf: The layer.
+        leaf: With `in_features` and `out_features`.
         bias: Its bias.
-        transposed: Whether a `Conv1D` stood there.
-        dtype: Of the weight; None for what it would have been loaded as.
+        transposed: Whether it stands for a `Conv1D`.
+        dtype: Of the layer; None for the leaf's `logical_dtype`.
     """
     weight = leaf.dequantized(dtype)
     with no_memory():

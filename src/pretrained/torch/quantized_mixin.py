@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 
 from pretrained.core.dtypes import floating_dtype_name
 from pretrained.errors import ArgumentError
+from pretrained.torch.dispatch import check_room, disk_weights_of, modules_changed
 from pretrained.torch.quantize import quantized_leaves
 from pretrained.torch.quantize_model import dequantize_model
 from pretrained.torch.quantized import QuantizedLeaf
@@ -34,7 +36,7 @@ class QuantizedModelMixin:
     def dequantize(self, dtype: torch.dtype | str | None = None) -> Self:
         """Turn the model back into a plain one, in place.
 
-        The weights keep what quantization made of them; what was lost stays lost.
+        The weights keep what quantization made of them; what was lost stays lost. Those on disk are read in.
 
         Args:
             dtype: Of the whole model; None gives quantized layers the one they would have been loaded as.
@@ -44,11 +46,18 @@ class QuantizedModelMixin:
 
         Raises:
             ArgumentError: the model is not quantized.
+            PlacementError: weights are on disk, and the plain ones do not fit into memory; nothing has
+                changed then.
         """
         if not self.is_quantized:
             raise ArgumentError(f"{type(self).__name__} is not quantized", where="dequantize")
         name = None if dtype is None else floating_dtype_name(str(dtype))
-        dequantize_model(self, None if name is None else getattr(torch, name))
+        wanted = None if name is None else getattr(torch, name)
+        if disk_weights_of(self) is not None:  # type: ignore[arg-type]
+            sizes = (leaf.num_weights * (wanted or leaf.logical_dtype).itemsize for leaf in _owners(self))
+            check_room(sum(sizes), "dequantize")
+        dequantize_model(self, wanted)
+        modules_changed(self)  # type: ignore[arg-type]
         self.config.__dict__.pop("quantization_config", None)  # type: ignore[attr-defined]
         return self if name is None else self.to(getattr(torch, name))
 
@@ -92,7 +101,56 @@ class QuantizedModelMixin:
         leaves = [leaf for leaf in _owners(self) if not isinstance(leaf, GgufLeaf)]
         # A tied head on GGML's blocks has a copy for the kernel, and its embedding none.
         leaves += [module for module in self.modules() if isinstance(module, GgufLinear)]  # type: ignore[attr-defined]
-        return nbytes + sum(getattr(leaf, "hidden_nbytes", 0) for leaf in leaves)
+        return nbytes + sum(leaf.hidden_nbytes for leaf in leaves)
+
+    # -- values and gradients ------------------------------------------------------------------
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Set the weights, as `torch.nn.Module.load_state_dict` does.
+
+        Args:
+            state_dict: Of a model in the same form: quantized layers take integers and scales.
+            strict: As torch has it.
+            assign: As torch has it.
+
+        Raises:
+            ArgumentError: plain weights for quantized layers; nothing has changed then.
+        """
+        for path, leaf in quantized_leaves(self).items():  # type: ignore[arg-type]
+            given, held = state_dict.get(f"{path}.weight"), leaf._parameters.get("weight")
+            if (
+                given is not None
+                and held is not None
+                and (given.dtype, given.shape) != (held.dtype, held.shape)
+            ):
+                raise ArgumentError(
+                    "The model is quantized, and the state dict is not, or in another scheme",
+                    where=f"{path}.weight",
+                    expected=f"{held.dtype} {list(held.shape)}",
+                    found=f"{given.dtype} {list(given.shape)}",
+                    mend="Quantize it: from_pretrained(None, config=..., state_dict=..., quantization_config="
+                    "...); or call dequantize() on the model first.",
+                )
+        return super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Set whether all weights are trained, as `torch.nn.Module.requires_grad_` does.
+
+        Args:
+            requires_grad: False freezes; True is refused for a quantized model.
+
+        Raises:
+            ArgumentError: integers cannot be trained; nothing has changed then.
+        """
+        if requires_grad and self.is_quantized:
+            raise ArgumentError(
+                "The integers of a quantized model cannot be trained",
+                where="requires_grad_",
+                mend="Call it on the modules that are to be trained, or call dequantize() first.",
+            )
+        return super().requires_grad_(requires_grad)  # type: ignore[misc,no-any-return]
 
     # -- casts ---------------------------------------------------------------------------------
 

@@ -12,10 +12,12 @@ import torch
 from torch.nn import functional as F
 
 from pretrained.core.ggml import BLOCK_TYPES
+from pretrained.torch import quantized_cuda
 
 # Rows of activations up to which the packed kernels win over dequantizing once and multiplying, by bits: they
 # read the weights again for every few rows, and 4 bits take three times as long to dequantize.
 KERNEL_ROWS = {8: 24, 4: 80}
+CUDA_KERNEL_ROWS = 32
 
 # Elements handled at a time, so that temporaries stay in the cache: 1 MiB of float32.
 CHUNK = 1 << 18
@@ -75,11 +77,13 @@ def _kernel_pack(q: torch.Tensor) -> torch.Tensor:
 
 
 def to_kernel_layout(packed: torch.Tensor) -> torch.Tensor:
-    """Return the stored form of 4-bit weights in the layout of this CPU's kernel; as many bytes.
+    """Return the stored form of 4-bit weights in the layout of their device's kernel; as many bytes.
 
     Args:
         packed: uint8 [out, in / 2], rows in order.
     """
+    if packed.device.type == "cuda":
+        return quantized_cuda.pack(packed)
     block = kernel_block()
     assert block is not None
     result = torch.empty_like(packed, memory_format=torch.contiguous_format)
@@ -135,6 +139,8 @@ def from_kernel_layout(packed: torch.Tensor) -> torch.Tensor:
     Args:
         packed: What `to_kernel_layout` returned.
     """
+    if packed.device.type == "cuda":
+        return quantized_cuda.unpack(packed)
     block = kernel_block()
     assert block is not None
     return _from_kernel(packed, block)

@@ -1,28 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Asks for the pages that the next layers will need while the current one computes.
 
-Only pages that are not in memory are asked for: a read of one byte that must not wait (RWF_NOWAIT) tells them
-apart. Where everything is warm, read-ahead costs a few such probes and no thread is started.
+Only pages that are not in memory are asked for (`core.prefetch.is_in_memory`). Where everything is warm,
+read-ahead costs a few probes and no thread is started.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, Protocol
 
-from pretrained.torch.offload import Span
+from pretrained.core.prefetch import is_in_memory
+from pretrained.core.reader import read_into_cache
+from pretrained.torch.offload import Span, WatchedFile
 
 WINDOW: Final = 256 << 20
 """Bytes that are asked for ahead of the layer that runs. They are page cache, not the process's memory."""
 
 _PIECE: Final = 8 << 20
-_STEP: Final = 1 << 20
 _THREADS: Final = 4
-_NOWAIT: Final = getattr(os, "RWF_NOWAIT", 0)
 
 
 class Part(Protocol):
@@ -69,7 +67,7 @@ class ReadAhead:
         end = info.offset + info.nbytes
         for start in range(info.offset, end, _PIECE):
             length = min(_PIECE, end - start)
-            if not _is_in_memory(span.file.descriptor, start, length):
+            if not is_in_memory(span.file.descriptor, start, length):
                 self._submit(span, start, length)
 
     def _submit(self, span: Span, start: int, length: int) -> Future[None]:
@@ -91,22 +89,5 @@ def _coming(part: Part) -> Iterator[Part]:
         coming = coming.successor
 
 
-def _is_in_memory(descriptor: int, start: int, length: int) -> bool:
-    """Tell from its ends whether a piece of a file can be read without waiting for the disk."""
-    if not _NOWAIT:
-        return True
-    byte = bytearray(1)
-    try:
-        return all(os.preadv(descriptor, [byte], at, _NOWAIT) for at in (start, start + length - 1))
-    except OSError as error:
-        # A file system without such reads is left to its own read-ahead.
-        return error.errno != errno.EAGAIN
-
-
-def _read(file: Any, start: int, length: int) -> None:
-    """Bring a piece of a file into the page cache; torch and Python go on meanwhile."""
-    scratch = bytearray(min(_STEP, length))
-    for at in range(start, start + length, _STEP):
-        os.posix_fadvise(file.descriptor, at, min(_STEP, start + length - at), os.POSIX_FADV_WILLNEED)
-    for at in range(start, start + length, _STEP):
-        os.preadv(file.descriptor, [memoryview(scratch)[: start + length - at]], at)
+def _read(file: WatchedFile, start: int, length: int) -> None:
+    read_into_cache(file.descriptor, start, length)

@@ -19,8 +19,9 @@ from pretrained.core.weights_names import candidates
 from pretrained.core.writer import plan_shards, write_checkpoint
 from pretrained.errors import ArgumentError, FileError, NotYetError, UnknownArgumentError, did_you_mean
 from pretrained.torch.dispatch import disk_weights_of
+from pretrained.torch.mapped_mixin import check_files
 from pretrained.torch.offload import ReleaseBehind
-from pretrained.torch.quantize import all_ties
+from pretrained.torch.quantize import all_ties, quantized_leaves
 from pretrained.torch.tensors import dtype_name_of
 from pretrained.torch.ties import head_tie
 
@@ -40,8 +41,8 @@ SaveFunction = Callable[[dict[str, torch.Tensor], str], Any]
 class _TensorSource:
     """A tensor that hands its bytes to the writer when its turn comes."""
 
-    def __init__(self, tensor: torch.Tensor, behind: ReleaseBehind) -> None:
-        self.tensor, self._behind = tensor, behind
+    def __init__(self, tensor: torch.Tensor, behind: ReleaseBehind, model: Any) -> None:
+        self.tensor, self._behind, self._model = tensor, behind, model
         self.dtype = dtype_name_of(tensor.dtype)
         self.shape = tuple(tensor.shape)
 
@@ -51,6 +52,7 @@ class _TensorSource:
 
     def read(self) -> memoryview:
         self._behind.enter(self.tensor)
+        check_files(self._model)
         tensor = self.tensor.detach().cpu().contiguous()
         if not tensor.numel():
             return memoryview(b"")
@@ -115,7 +117,7 @@ def save_pretrained(
         return
     weights = weights_to_write(model, state_dict, save_original_format)
     behind = ReleaseBehind(disk_weights_of(model))
-    sources = {key: _TensorSource(tensor, behind) for key, tensor in weights.items()}
+    sources = {key: _TensorSource(tensor, behind, model) for key, tensor in weights.items()}
     _check_values(weights)
     names = {} if safe_serialization else {"file_stem": "pytorch_model", "suffix": ".bin"}
     sizes = {key: source.nbytes for key, source in sources.items()}
@@ -128,7 +130,7 @@ def save_pretrained(
         write_checkpoint(folder, plan, sources, {"format": "pt"}, variant=variant)
     else:
         _refuse_beside_safetensors(folder, variant)
-        write_file = _pickle_writer(weights, save_function or torch.save)
+        write_file = _pickle_writer(model, weights, save_function or torch.save)
         write_checkpoint(
             folder, plan, sources, file_stem=plan.file_stem, variant=variant, write_file=write_file
         )
@@ -152,6 +154,8 @@ def weights_to_write(
     """
     if state_dict is not None and not isinstance(state_dict, Mapping):
         raise ArgumentError("state_dict is not a dictionary", where="state_dict", found=type(state_dict))
+    if state_dict is None:
+        _refuse_unsavable(model)
     weights = dict(model.state_dict() if state_dict is None else state_dict)
     for key, tensor in weights.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
@@ -168,6 +172,17 @@ def weights_to_write(
         weights.pop(pattern, None)
     renamed = getattr(model, "_checkpoint_names", {}) if original_names else {}
     return {renamed.get(key, key): tensor for key, tensor in weights.items()}
+
+
+def _refuse_unsavable(model: Any) -> None:
+    """Raise where a weight is an object that plain tensors in a file cannot hold."""
+    held = [path for path, leaf in quantized_leaves(model).items() if not leaf.is_savable]
+    if held:
+        raise NotYetError(
+            f"Weights that {model.quantization_method} has quantized cannot be saved",
+            where=f"{held[0]} and {len(held) - 1} more" if len(held) > 1 else held[0],
+            mend="Call dequantize() first, or quantize with quant_method 'int8' or 'int4', which are saved.",
+        )
 
 
 def _folder(path: Any) -> Path:
@@ -232,12 +247,17 @@ def _refuse_beside_safetensors(folder: Path, variant: str | None) -> None:
 
 
 def _pickle_writer(
-    weights: Mapping[str, torch.Tensor], save_function: SaveFunction
+    model: Any, weights: Mapping[str, torch.Tensor], save_function: SaveFunction
 ) -> Callable[[Path, Sequence[str]], None]:
     """Return what writes one pickle of tensors, in memory of their own: a pickle stores whole storages."""
 
     def write(file: Path, keys: Sequence[str]) -> None:
-        shard = {key: _compact(weights[key]) for key in keys}
+        check_files(model)
+        behind = ReleaseBehind(disk_weights_of(model))
+        shard = {}
+        for key in keys:
+            behind.enter(weights[key])
+            shard[key] = _compact(weights[key])
         try:
             save_function(shard, str(file))
         except RuntimeError as error:  # torch's writer says so of a full disk

@@ -215,6 +215,11 @@ class Stager:
         finally:
             self._free.put(buffer)
 
+    def close(self) -> None:
+        """End the threads, once what was sent is enqueued."""
+        if isinstance(self._executor, ThreadPoolExecutor):
+            self._executor.shutdown()
+
     def event(self) -> Event:
         """Return the point that the stream's work has reached."""
         with self._lock:

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from pretrained.core.quantization import GROUP_SIZES
 from pretrained.core.stored_layers import LayerForm
@@ -27,6 +28,7 @@ from pretrained.torch.quantized import (
     plain_embedding,
 )
 from pretrained.torch.quantized_ops import (
+    CHUNK,
     KERNEL_ROWS,
     Dense,
     from_kernel_layout,
@@ -62,6 +64,8 @@ class StoredLeaf(QuantizedLeaf):
         self._kernel_scales: torch.Tensor | None = None
         # Which input each column belongs to while the columns are sorted by their groups.
         self._columns: torch.Tensor | None = None
+        # Whether the integers stay as they are stored, and are laid out for the kernel at each call.
+        self._lays_out_at_call = False
 
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
@@ -83,18 +87,20 @@ class StoredLeaf(QuantizedLeaf):
         return self._combine(torch.mul, values, self._grid_rows(self.form.scale, part)).to(dtype)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return the whole weight, a tile at a time: computed in float32, then rounded."""
+        """Return the whole weight: computed in float32, a piece at a time, then rounded."""
         result = torch.empty(self.shape, dtype=dtype or self.logical_dtype, device=self.weight.device)
         self.decode_into(result)
         return result
 
     def decode_into(self, target: torch.Tensor) -> None:
-        """Write the whole weight, a tile at a time.
+        """Write the whole weight, in pieces that stay in the cache.
 
         Args:
             target: [out, in], of any floating dtype.
         """
-        for part in tiles(*self.shape):
+        step = max(1, CHUNK // max(1, self.shape[1]))
+        for start in range(0, self.shape[0], step):
+            part = slice(start, min(start + step, self.shape[0]))
             target[part].copy_(self.rows(part, torch.float32))
 
     def _numbers(self, part: Any) -> torch.Tensor:
@@ -123,6 +129,13 @@ class StoredLeaf(QuantizedLeaf):
         if self._columns is not None:
             found = torch.empty_like(found).index_copy_(-1, self._columns, found)
         return found.sub_(8)
+
+    def _order(self) -> torch.Tensor | None:
+        """Return the group of each input, or None where they are in their usual order (or say -1)."""
+        if self.form.order is None:
+            return None
+        order = self._tensor(self.form.order).detach().long()
+        return order if int(order.min()) >= 0 else None
 
     def _row_numbers(self, part: Any) -> torch.Tensor:
         if isinstance(part, slice):
@@ -154,10 +167,9 @@ class StoredLeaf(QuantizedLeaf):
     ) -> torch.Tensor:
         """Apply scales or zeros [..., across] to values [..., in], which are overwritten."""
         across, size = grid.shape[-1], self.form.block[1]
-        if self.form.order is not None:
-            order = self._tensor(self.form.order).detach()
-            if int(order.min()) >= 0:
-                return apply(values, grid[..., order.long()], out=values)
+        order = self._order()
+        if order is not None:
+            return apply(values, grid[..., order], out=values)
         if across == 1:
             return apply(values, grid, out=values)
         if across * size == self.shape[1]:
@@ -171,6 +183,9 @@ class StoredLeaf(QuantizedLeaf):
     def use_kernel_layout(self) -> bool:
         """Make integers ready for this CPU's packed kernel; False where there is none for them."""
         return False
+
+    def lay_out_at_call(self) -> None:
+        """Keep the integers where and as they are, and copy them into the kernel's layout for each call."""
 
     def use_stored_layout(self) -> None:
         """Undo `use_kernel_layout`."""
@@ -262,22 +277,42 @@ class StoredLinear(StoredLeaf, Dense):
         few = KERNEL_ROWS.get(self.form.bits, 0)
         if x.device.type != "cpu" or len(x) > few or self.compute_dtype(x) != torch.bfloat16:
             return None
-        return None if self._kernel_scales is None else f"int{self.form.bits}pack"
+        is_ready = self._kernel_scales is not None or (self._lays_out_at_call and self._has_kernel())
+        return f"int{self.form.bits}pack" if is_ready else None
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """Return ``x @ weight.T`` in the dtype of `x`, [rows, out]."""
-        kernel, inner = self.kernel(x), x.to(self.compute_dtype(x))
-        if kernel is None or self._kernel_scales is None:
-            return linear_by_tiles(inner, self).to(x.dtype)
-        if self._columns is not None:
-            inner = inner[:, self._columns]
-        inner = inner.contiguous()
-        if kernel == "int8pack":
-            data = self.weight.view(torch.int8)
-            return torch._weight_int8pack_mm(inner, data, self._kernel_scales).to(x.dtype)
-        group, data = self.in_features // len(self._kernel_scales), self.weight.view(torch.uint8)
-        result = torch.ops.aten._weight_int4pack_mm_for_cpu(inner, data, group, self._kernel_scales)
+        kernel, dtype = self.kernel(x), self.compute_dtype(x)
+        inner = x.to(dtype)
+        if kernel is None and self._scales_outputs(dtype):
+            result = self._scaled_outputs(inner)
+        elif kernel is None:
+            result = linear_by_tiles(inner, self)
+        else:
+            data, scales, columns = self._laid_out()
+            inner = (inner if columns is None else inner[:, columns]).contiguous()
+            if kernel == "int8pack":
+                result = torch._weight_int8pack_mm(inner, data.view(torch.int8), scales)
+            else:
+                group = self.in_features // len(scales)
+                result = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                    inner, data.view(torch.uint8), group, scales
+                )
         return result.to(x.dtype)
+
+    def _scales_outputs(self, dtype: torch.dtype) -> bool:
+        """Tell whether the outputs can be scaled instead of the weight, which costs less.
+
+        Integers up to 128 and 8-bit floats are exact in bfloat16; in float16 their sums may overflow.
+        """
+        form = self.form
+        alone = form.grid[1] == 1 and form.block[0] in (1, self.shape[0]) and form.zero is None
+        return alone and form.order is None and dtype != torch.float16
+
+    def _scaled_outputs(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [F.linear(x, self._numbers(part).to(x.dtype)) for part in tiles(*self.shape)]
+        scale = self._grid_rows(self.form.scale, slice(None)).reshape(-1)
+        return torch.cat(parts, dim=-1).mul_(scale.to(x.dtype))
 
     def plain(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return a dense layer with the decoded weight."""
@@ -293,52 +328,70 @@ class StoredLinear(StoredLeaf, Dense):
         Returns:
             Whether the leaf is ready for a packed kernel.
         """
-        if self._kernel_scales is not None:
-            return True
-        allowed = self.form.kind == "int" and self.wanted_dtype in (None, "bfloat16")
-        if not allowed or self.weight.device.type != "cpu" or self.form.block[0] not in (1, self.shape[0]):
-            return False
-        return self._ready_int8() if self.form.bits == 8 else self._ready_int4()
+        self._lays_out_at_call = False
+        if self._kernel_scales is None and self._has_kernel():
+            data, scales, columns = self._laid_out()
+            self._parameters[self.form.data] = fixed(data)
+            self._kernel_scales, self._columns = scales, columns
+        return self._kernel_scales is not None
 
-    def _ready_int8(self) -> bool:
+    def lay_out_at_call(self) -> None:
+        """Keep the integers where and as they are, and copy them into the kernel's layout for each call.
+
+        For weights on disk, whose results are then those of resident ones, bit for bit.
+        """
+        self.use_stored_layout()
+        self._lays_out_at_call = True
+
+    def _has_kernel(self) -> bool:
+        """Tell whether this CPU has a packed kernel for the form."""
+        form = self.form
+        allowed = form.kind == "int" and self.wanted_dtype in (None, "bfloat16")
+        if not allowed or self.weight.device.type != "cpu" or form.block[0] not in (1, self.shape[0]):
+            return False
+        if form.bits == 8:
+            return form.zero is None and form.grid[1] == 1 and self.shape[1] % _INT8_COLUMNS == 0
+        if not form.packed or self.shape[0] % INT4_ROWS or self._kernel_group() is None:
+            return False
+        order = self._order()
+        size = min(form.block[1], self.shape[1])
+        is_even = order is None or bool((order.bincount(minlength=form.grid[1]) == size).all())
+        return is_even and kernel_block() is not None
+
+    def _kernel_group(self) -> int | None:
+        """Return the largest of the kernel's groups that the form's own are made of."""
+        size = min(self.form.block[1], self.shape[1])
+        return next((group for group in reversed(GROUP_SIZES) if size % group == 0), None)
+
+    def _laid_out(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return the integers, the scales and the order of the inputs as the packed kernel takes them."""
         form, data = self.form, self.weight.detach()
-        if form.zero is not None or form.grid[1] != 1 or self.shape[1] % _INT8_COLUMNS:
-            return False
-        if form.packed:
-            data = (data.contiguous().view(torch.uint8) ^ 0x80).view(torch.int32)
-        elif not _is_aligned(data):
-            # A view of a file, which packs tensors closely.
-            data = data.clone(memory_format=torch.contiguous_format)
-        scales = self._grid_rows(form.scale, slice(None)).to(torch.bfloat16)
-        self._kernel_scales = scales.reshape(-1).expand(self.shape[0]).contiguous()
-        self._parameters[form.data] = fixed(data)
-        return True
-
-    def _ready_int4(self) -> bool:
-        form, (rows, columns) = self.form, self.shape
-        stored = min(form.block[1], columns)
-        size = next((size for size in reversed(GROUP_SIZES) if stored % size == 0), None)
-        if not form.packed or size is None or rows % INT4_ROWS or kernel_block() is None:
-            return False
-        nibbles = self.weight.detach().contiguous().view(torch.uint8)
-        if form.order is not None:
-            order = self._tensor(form.order).detach().long()
-            if int(order.min()) >= 0:
-                if (order.bincount(minlength=form.grid[1]) != stored).any():
-                    return False
-                sorting = order.argsort(stable=True)
-                nibbles = _sorted_columns(nibbles, sorting)
-                self._columns = sorting
+        if self._kernel_scales is not None:
+            return data, self._kernel_scales, self._columns
+        rows = self.shape[0]
         scale = self._grid_rows(form.scale, slice(None)).expand(rows, -1).to(torch.bfloat16)
-        scales = torch.zeros(columns // size, rows, 2, dtype=torch.bfloat16)
-        scales[..., 0] = scale.repeat_interleave(stored // size, -1).t()
+        if form.bits == 8:
+            if form.packed:
+                data = (data.contiguous().view(torch.uint8) ^ 0x80).view(torch.int32)
+            elif not _is_aligned(data):
+                # A view of a file, which packs tensors closely.
+                data = data.clone(memory_format=torch.contiguous_format)
+            return data, scale.reshape(-1).contiguous(), None
+        group = self._kernel_group()
+        assert group is not None
+        nibbles = data.contiguous().view(torch.uint8)
+        columns = order = self._order()
+        if order is not None:
+            columns = order.argsort(stable=True)
+            nibbles = _sorted_columns(nibbles, columns)
+        times = min(form.block[1], self.shape[1]) // group
+        scales = torch.zeros(self.shape[1] // group, rows, 2, dtype=torch.bfloat16)
+        scales[..., 0] = scale.repeat_interleave(times, -1).t()
         if form.zero is not None:
             # From the rounded scale, so that a zero stays as near to zero as bfloat16 has it.
             offset = self._zeros(slice(None)).to(torch.float32).neg() * scale.to(torch.float32)
-            scales[..., 1] = offset.repeat_interleave(stored // size, -1).t()
-        self._parameters[form.data] = fixed(to_kernel_layout(nibbles).view(torch.int32))
-        self._kernel_scales = scales
-        return True
+            scales[..., 1] = offset.repeat_interleave(times, -1).t()
+        return to_kernel_layout(nibbles).view(torch.int32), scales, columns
 
 
 class StoredEmbedding(StoredLeaf):

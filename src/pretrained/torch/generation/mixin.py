@@ -29,6 +29,7 @@ from pretrained.torch.generation.stopping import (
     MaxTimeCriteria,
     StoppingCriteriaList,
 )
+from pretrained.torch.mapped_mixin import check_files
 
 logger = logging.getLogger("pretrained.generation")
 
@@ -116,6 +117,7 @@ class GenerationMixin:
         strategy = _STRATEGIES.get(config.get_generation_mode())
         if strategy is None:
             raise NotYetError(f"{config.get_generation_mode().value} cannot be run yet", mend=RELEASE)
+        check_files(self)
         prepared = prepare_inputs(self, config, inputs, model_inputs)
         lengths = _lengths(self, config, by_user, prepared)
         processors = build_processors(

@@ -84,7 +84,8 @@ class Quantizer:
         found = dict(sizes)
         for path, leaf in quantized_leaves(model).items():
             for name, value in leaf.named_parameters():
-                if name != "bias":
+                # Tied weights are listed once, under their owner.
+                if name != "bias" and f"{path}.{name}" in found:
                     found[f"{path}.{name}"] = value.numel() * value.element_size()
         return found
 
@@ -130,7 +131,7 @@ class Quantizing(Quantizer):
         """Refuse the disk: what lies there are the checkpoint's own files, and this load makes others."""
         if DISK in homes:
             raise NotYetError(
-                "Weights that this load quantizes or repacks cannot be placed on disk yet",
+                "Weights that this load repacks from another library's form cannot be placed on disk yet",
                 where="quantization_config, device_map",
                 mend="Load without 'disk', save_pretrained, and load that folder with the device_map.",
             )

@@ -21,7 +21,7 @@ A library is added by
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -36,10 +36,11 @@ from pretrained.core.plan import LoadPlan, LoadStep
 from pretrained.core.quantization import QuantizationConfig
 from pretrained.errors import NotYetError, WeightsError
 from pretrained.torch.nn import Conv1D
+from pretrained.torch.offload_folder import Form
 from pretrained.torch.quantize import dense_shape, integer_leaf, put, quantized_leaves
-from pretrained.torch.quantized import IntegerLeaf
-from pretrained.torch.quantized_ops import CHUNK, pack_nibbles
-from pretrained.torch.quantizers.base import Quantizing, let_go
+from pretrained.torch.quantized import IntegerLeaf, MadeWeight, QuantizedLeaf, QuantizedLinear
+from pretrained.torch.quantized_ops import CHUNK, pack_nibbles, tiles
+from pretrained.torch.quantizers.base import Quantizing, copy_form, let_go
 from pretrained.torch.rounding import Packed
 from pretrained.torch.tensors import TORCH_DTYPES, Read
 
@@ -117,7 +118,27 @@ class ForeignFormat(Generic[Scheme]):
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
 
-    def form(self, weight: StoredWeight) -> IntegerForm | None:
+    def split(self, key: str) -> tuple[str, str]:
+        """Return the module's path in the files and the part's name.
+
+        Args:
+            key: Of any tensor in the files.
+        """
+        path, _, name = key.rpartition(".")
+        return path, name
+
+    def leaf(self, module: nn.Module, form: Any, dtype: torch.dtype) -> QuantizedLeaf:
+        """Return an empty layer for a weight that is not plain, on the meta device.
+
+        Args:
+            module: What stands there.
+            form: What `form` returned.
+            dtype: What a plain weight would be loaded as.
+        """
+        form = dataclasses.replace(form, compute_dtype=self.scheme.compute_dtype)
+        return integer_leaf(module, form, dtype)
+
+    def form(self, weight: StoredWeight) -> Any:
         """Check a weight's headers, and return the form it gets; None for a plain weight.
 
         Called for every weight before any is put together. It may read small parts (an order).
@@ -131,7 +152,7 @@ class ForeignFormat(Generic[Scheme]):
         """
         raise NotImplementedError
 
-    def put_together(self, weight: StoredWeight, form: IntegerForm | None) -> Packed | torch.Tensor:
+    def put_together(self, weight: StoredWeight, form: Any) -> Packed | MadeWeight | torch.Tensor:
         """Return the weight.
 
         Threads call it side by side. Temporaries stay small where they can: see `packed_by_rows`. Nothing
@@ -142,7 +163,8 @@ class ForeignFormat(Generic[Scheme]):
             form: What `form` returned.
 
         Returns:
-            A `Packed` of that form, or a floating [out, in] tensor where it is None; the load casts it.
+            A `Packed` of that form, or what else `leaf` made a layer for; a floating [out, in] tensor where
+            it is None, which the load casts.
 
         Raises:
             WeightsError: numbers that cannot be.
@@ -156,15 +178,19 @@ class Repacking(Quantizing):
     Args:
         format: That library's way.
         dtype: As `Quantizer`.
+        dequantize: Make plain weights of all.
         key_mapping: The user's ``{regex: replacement}`` for names in the files.
         is_mapped: As `Quantizing`.
     """
+
+    dequantize = False
 
     def __init__(
         self,
         format: ForeignFormat[Any],
         dtype: str | None,
         *,
+        dequantize: bool = False,
         key_mapping: Mapping[str, str] | None = None,
         is_mapped: bool = False,
     ) -> None:
@@ -173,7 +199,7 @@ class Repacking(Quantizing):
             quant_method="int4", read_from=scheme.quant_method, compute_dtype=scheme.compute_dtype
         )
         super().__init__(summary, dtype, is_mapped=is_mapped)
-        self.format, self.key_mapping = format, key_mapping
+        self.format, self.dequantize, self.key_mapping = format, dequantize, key_mapping
         # Key that stands for a weight -> (module's name in the files, its parts).
         self.stored: dict[str, tuple[str, dict[str, TensorInfo]]] = {}
 
@@ -181,7 +207,7 @@ class Repacking(Quantizing):
         """Return the checkpoint with one tensor for each quantized weight, in place of its parts."""
         groups: dict[str, dict[str, TensorInfo]] = {}
         for key, info in checkpoint.tensors.items():
-            path, _, name = key.rpartition(".")
+            path, name = self.format.split(key)
             if name in self.format.parts:
                 groups.setdefault(path, {})[name] = info
         groups = {p: parts for p, parts in groups.items() if all(s in parts for s in self.format.sign)}
@@ -205,24 +231,30 @@ class Repacking(Quantizing):
         taken = {f"{path}.{name}" for path, parts in groups.items() for name in parts}
         tensors: dict[str, TensorInfo] = {}
         for key, info in checkpoint.tensors.items():
-            path, _, name = key.rpartition(".")
+            path, name = self.format.split(key)
             if key not in taken:
                 tensors[key] = info
             elif name == self.format.sign[0]:
                 parts = groups[path]
+                nbytes = sum(part.nbytes for part in parts.values())
+                end = max(part.offset + part.nbytes for part in parts.values() if part.file == info.file)
                 tensors[f"{path}.weight"] = dataclasses.replace(
                     info,
                     key=f"{path}.weight",
                     # No dtype of a file: nothing may take the span for the weight's own values.
                     dtype=method,
                     shape=shapes.get(f"{path}.weight", ()),
-                    nbytes=sum(part.nbytes for part in parts.values()),
+                    # Where the parts lie, if they lie together, as they mostly do: it is read ahead.
+                    offset=max(0, end - nbytes),
+                    nbytes=nbytes,
                 )
         return dataclasses.replace(checkpoint, tensors=tensors)
 
     def wrap(self, model: Any, plan: LoadPlan, read: Read) -> tuple[LoadPlan, Read]:
         """Put leaves in, and read their weights by their parts."""
         self._check_users(model, plan)
+        # Weights -> what a copy on disk consists of.
+        self._forms: dict[str, Form] = {}
         weights: dict[str, tuple[StoredWeight, IntegerForm | None, bool]] = {}
         for step in plan.steps:
             if step.source.dtype != self.format.scheme.quant_method:
@@ -232,9 +264,14 @@ class Repacking(Quantizing):
             weight = self._weight(step, dense_shape(module), read)
             form = self.format.form(weight)
             weights[step.key] = (weight, form, isinstance(module, Conv1D))
-            if form is not None:
-                form = dataclasses.replace(form, compute_dtype=self.config.compute_dtype)
-                put(model, path, integer_leaf(module, form, TORCH_DTYPES[step.dtype]))
+            if form is None or self.dequantize:
+                plain = Form("plain", {step.key: (step.dtype, tuple(module.weight.shape))})
+                self._forms[step.key] = self._made_by_format(plain)
+                continue
+            leaf = self.format.leaf(module, form, TORCH_DTYPES[step.dtype])
+            put(model, path, leaf)
+            if isinstance(leaf, IntegerLeaf):
+                self._forms[step.key] = self._made_by_format(copy_form(path, leaf))
 
         def read_parts(step: LoadStep, device: torch.device) -> Any:
             if step.key not in weights:
@@ -252,12 +289,27 @@ class Repacking(Quantizing):
             if self.is_mapped:
                 for part in held:
                     let_go(part)
-            if isinstance(result, Packed):
+            dtype = TORCH_DTYPES[step.dtype]
+            if isinstance(result, Packed) and self.dequantize and form is not None:
+                result = _plain(result, weight.shape, form, dtype)
+            if isinstance(result, Packed | MadeWeight):
                 return result.to(device)
-            matrix = result.to(TORCH_DTYPES[step.dtype])
+            matrix = result.to(dtype)
             return (matrix.t().contiguous() if transposed else matrix).to(device)
 
         return plan, read_parts
+
+    def _made_by_format(self, form: Form) -> Form:
+        """Tell copies apart that other settings made from the same bytes."""
+        scheme = dataclasses.replace(self.format.scheme, compute_dtype=None)
+        return dataclasses.replace(form, scheme=f"{form.scheme} of {scheme!r}")
+
+    def forms(self, steps: Iterable[LoadStep]) -> dict[str, Form]:
+        """Return what the weights that are put together consist of."""
+        return {step.key: self._forms[step.key] for step in steps if step.key in self._forms}
+
+    def check_homes(self, homes: Iterable[Any]) -> None:
+        """Allow the disk: what is put together goes there through the offload folder."""
 
     def _weight(self, step: LoadStep, shape: tuple[int, int], read: Read) -> StoredWeight:
         path, parts = self.stored[step.source.key]
@@ -286,12 +338,25 @@ class Repacking(Quantizing):
 
     def finish(self, model: Any) -> None:
         """Say in the config what the model holds now, which is no longer that library's format."""
+        # Nothing was rounded; copies on disk are noted as of an error of 0.
+        self.errors.clear()
         forms = [leaf.form for leaf in quantized_leaves(model).values() if isinstance(leaf, IntegerLeaf)]
         if forms and all(form.bits == 8 for form in forms):
             self.config = dataclasses.replace(self.config, quant_method="int8")
         super().finish(model)
         if not forms:
             model.config.__dict__.pop("quantization_config", None)
+
+
+def _plain(packed: Packed, shape: tuple[int, int], form: IntegerForm, dtype: torch.dtype) -> torch.Tensor:
+    """Return the numbers that a quantized weight stands for, computed in float32."""
+    with torch.device("meta"):
+        leaf = QuantizedLinear(shape[1], shape[0], form, bias=False, dtype=dtype)
+    leaf.fill(packed)
+    result = torch.empty(shape, dtype=dtype)
+    for part in tiles(*shape):
+        result[part] = leaf.rows(part, torch.float32)
+    return result
 
 
 def packed_by_rows(

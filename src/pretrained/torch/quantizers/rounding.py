@@ -57,7 +57,7 @@ class Rounding(Quantizing):
                 return read(step, device)
             config, transposed, for_kernel = schemes[step.key]
             for_kernel = for_kernel and device.type == "cpu"
-            stored = _as_stored(step)
+            stored = as_stored(step)
             used = read if self.scratch is None or (stored.is_view and self.is_mapped) else self.scratch
             values = used(stored, torch.device("cpu"))
             packed = quantize(values, config, key=step.key, transposed=transposed, for_kernel=for_kernel)
@@ -76,7 +76,11 @@ class Rounding(Quantizing):
         """Allow the disk: what is quantized goes there through the offload folder."""
 
 
-def _as_stored(step: LoadStep) -> LoadStep:
-    """Ask for a view of the file where there can be one, and for float32 otherwise."""
+def as_stored(step: LoadStep) -> LoadStep:
+    """Ask for a view of the file where there can be one, and for float32 otherwise.
+
+    Args:
+        step: Of a weight that is to be quantized.
+    """
     plain = step.source.dtype in DTYPES and DTYPES[step.source.dtype].is_floating
     return dataclasses.replace(step, dtype=step.source.dtype if plain and step.apply is None else "float32")

@@ -284,7 +284,10 @@ class Stored(Quantizer):
         tied = {key.rpartition(".")[0] for key in (*ties, *ties.values())}
         for path in self._plain:
             leaf = model.get_submodule(path)
-            if path in tied or leaf._forward_pre_hooks or leaf.weight.is_meta:
+            if path in tied or leaf.weight.is_meta:
+                continue
+            if leaf._forward_pre_hooks:
+                leaf.lay_out_at_call()
                 continue
             before = leaf.weight.detach()
             if (
