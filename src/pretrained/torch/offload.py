@@ -22,7 +22,7 @@ import os
 import struct
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from pretrained.core.checkpoint import TensorInfo
-from pretrained.core.file_state import changed
+from pretrained.core.file_state import FileState, changed
 from pretrained.core.plan import LoadStep
 from pretrained.core.reader import MappedFiles, release_pages
 from pretrained.errors import ArgumentError, FileError, PlacementError
@@ -168,10 +168,14 @@ def _scan(pagemap: int, address: int, length: int) -> bool:
 
 
 class DiskWeights:
-    """The weights of one model that live on disk. Dropping the last tensor undoes the maps."""
+    """The weights of one model that live on disk. Dropping the last tensor undoes the maps.
 
-    def __init__(self) -> None:
-        self._maps = MappedFiles()
+    Args:
+        expected: As for `MappedFiles`.
+    """
+
+    def __init__(self, expected: Mapping[Path, FileState] | None = None) -> None:
+        self._maps = MappedFiles(expected)
         self._files: dict[Path, WatchedFile] = {}
         self._spans: dict[int, Span] = {}
         self._cleanups: list[weakref.finalize[..., Any]] = []
