@@ -123,6 +123,22 @@ class Span:
         release_pages(self._first, self._length)
 
 
+def release_clean(tensor: torch.Tensor) -> None:
+    """Give back the pages of a tensor that are a file's own, if none was written to.
+
+    The next access reads them again. Memory of other kinds stays, and so does everything where the system
+    does not tell the kinds apart.
+
+    Args:
+        tensor: Contiguous, on the CPU.
+    """
+    address = tensor.data_ptr()
+    first = -(-address // PAGE) * PAGE
+    length = max(0, (address + tensor.nbytes) // PAGE * PAGE - first)
+    if length and _CAN_RELEASE and Path(_PAGEMAP).exists() and not _edited(first, length, tensor):
+        release_pages(first, length)
+
+
 def _edited(address: int, length: int, tensor: torch.Tensor) -> bool:
     """Tell whether any page was written to, and is a private copy now."""
     try:
