@@ -215,7 +215,7 @@ def in_turn(case):
     return pytest.param(*case, marks=pytest.mark.slow if often else pytest.mark.long)
 
 
-@pytest.mark.parametrize(("kind", "stored", "targets"), map(in_turn, CASES))
+@pytest.mark.parametrize(("kind", "stored", "targets"), [in_turn(case) for case in CASES])
 def test_a_hundred_megabytes(folders, kind, stored, targets):
     """At this size what is allowed beside the weights is less, so that a second copy would show."""
     for name, found in zip(
