@@ -194,14 +194,15 @@ def disk_offload(at: Setting) -> Comparison:
         Target("a forward at most 1.5x of all in RAM", "again_s", most=1.5, against=_IN_RAM),
         Target("memory inside the budget", "again_memory_bytes", most=at.budget),
     ]
-    claim = f"Forward of {at.size} with {at.budget / _GB:.2g} GB in RAM, the rest on disk, warm"
+    claim = f"Forward of {at.size}, {at.budget / _GB:.2g} GB in RAM and the rest on disk, warm"
     return compare(claim, sides, targets, **at.often)
 
 
 def limited_memory(at: Setting) -> Comparison:
     """The same in a group of processes whose memory is limited, files cold."""
     limit = int(0.4 * _GB + 2.1 * _GB * at.share)
-    claim = f"The same in a memory group of {limit / _GB:.2g} GB, cold"
+    budgets = f"{at.budget / _GB:.2g} GB in RAM, in a memory group of {limit / _GB:.2g} GB"
+    claim = f"Forward of {at.size}, {budgets}, cold"
     within = limited(limit)
     if within is None:
         return Comparison(claim, note="Not measured: no memory group can be made on this machine.")

@@ -41,6 +41,10 @@ class Figure:
     most: float
 
 
+# Cores that others may take before it is said: the kernel's own work, such as reading ahead, is in it.
+QUIET = 0.3
+
+
 @dataclass(frozen=True)
 class Target:
     """What was to be reached, by a figure of ours or by its ratio to another side's.
@@ -120,6 +124,11 @@ class Comparison:
     measured: str = ""
     disturbance: float | None = None
     note: str = ""
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether the machine had next to nothing else to do."""
+        return self.disturbance is None or self.disturbance <= QUIET
 
 
 def compare(

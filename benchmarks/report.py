@@ -32,8 +32,6 @@ _COLUMNS = {
 }
 # Figures of which more is better.
 _HIGHER = ("tokens_per_s",)
-# Cores that others may take before it is said: the kernel's own work, such as reading ahead, is in it.
-_QUIET = 0.3
 # Differences that a repetition may undo.
 _NOISE = 1.05
 
@@ -145,7 +143,7 @@ def _row(result: Comparison) -> str:
 
 
 def _disturbed(result: Comparison) -> str:
-    if result.disturbance is None or result.disturbance <= _QUIET:
+    if result.is_quiet:
         return ""
     return (
         f" **The machine was not quiet**: other work took {result.disturbance:.1f} cores meanwhile, so "

@@ -327,7 +327,8 @@ def test_the_page_says_where_we_lose(bench):
 def test_the_picture_has_each_side_and_each_bound(bench, tmp_path):
     bench.chart.draw([made_up(bench)], tmp_path / "x.svg")
     root = ET.parse(tmp_path / "x.svg").getroot()
-    texts = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
+    texts = [part for node in root.iter("{http://www.w3.org/2000/svg}text") for part in node.itertext()]
+    assert ", measured beside other work" in texts
     assert {"a & b", "ours", "transformers", "other", "2.00 s", "killed by the system"} <= set(texts)
     bounds = [node for node in root.iter() if node.get("stroke") == bench.chart._BOUND]
     assert len(bounds) == 1
