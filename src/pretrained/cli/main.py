@@ -19,6 +19,7 @@ _VERBS = {
     "run": ("pretrained.cli.run", "generate text with a model"),
     "inspect": ("pretrained.cli.inspect", "show what a model holds, from headers only"),
     "plan": ("pretrained.cli.plan", "show where a model's weights would live"),
+    "push": ("pretrained.cli.push", "upload a folder to the hub as one commit"),
 }
 
 _EXAMPLES = """\
@@ -28,6 +29,7 @@ examples:
   pretrained run model.gguf - < prompt.txt
   pretrained inspect ./my-model
   pretrained plan ./my-model --max-memory 0=10GiB,cpu=30GiB --dtype bf16
+  pretrained push ./my-model me/my-model --private
 """
 
 
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _top_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pretrained",
-        description="Load, run and inspect pretrained models, from local files or the hub.",
+        description="Load, run, inspect and share pretrained models, from local files or the hub.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
