@@ -58,8 +58,8 @@ def hub(hub_server, monkeypatch):
     quick = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
     monkeypatch.setattr("huggingface_hub.utils._http.time", quick)
     monkeypatch.setattr("huggingface_hub.file_download.time", quick)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "ENDPOINT", hub_server.endpoint)
+    for name, value in hub_server.constants().items():
+        monkeypatch.setattr(constants, name, value)
     monkeypatch.setenv("HF_TOKEN", "")
     yield hub_server
     # Of another name before 1.0; either drops the connections that stay open.

@@ -114,11 +114,13 @@ def serve_a_hub(folder: Path, request: pytest.FixtureRequest) -> None:
     hub = request.getfixturevalue("hub_servers").enter_context(HubServer())
     hub.add("somebody/else", {"config.json": b"{}"})
     request.addfinalizer(close_session)
-    settings = {"ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(folder / ".hub"), "HF_HUB_DISABLE_XET": True}
-    for name, value in settings.items():
+    for name, value in hub.constants().items():
         monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv(name.replace("ENDPOINT", "HF_ENDPOINT"), str(value))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / ".hub"))
+    # For commands, which are processes of their own.
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("HF_HUB_CACHE", str(folder / ".hub"))
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     monkeypatch.setenv("HF_TOKEN", "hf_me")
 
 

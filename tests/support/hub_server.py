@@ -109,6 +109,16 @@ class HubServer:
             kept.clear()
         self.part_size = 1 << 40
 
+    def constants(self) -> dict[str, object]:
+        """What huggingface_hub.constants would hold, had HF_ENDPOINT named this server from the start."""
+        template = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        return {
+            "ENDPOINT": self.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_OFFLINE": False,
+        }
+
     def add(self, repo_id: str, files: dict[str, bytes], ref: str = "main", **facts: bool) -> str:
         """Put files into a repository without a client; return the commit."""
         repo = self.repos.setdefault(repo_id, Repo(**facts))

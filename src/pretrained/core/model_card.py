@@ -97,7 +97,7 @@ def with_tags(text: str, tags: Collection[str]) -> str:
     if not tags:
         return text
     try:
-        card = ModelCard(text if text.startswith("---") else f"---\n---\n{text}")
+        card = ModelCard(text if text.startswith("---") else f"---\n\n---\n{text}")
         known = list(card.data.get("tags") or [])
     except Exception as error:  # of the YAML library, which has a family of its own
         raise ArgumentError(

@@ -9,11 +9,13 @@ replace is deleted in it, so that no old file wins over a new one.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -282,16 +284,17 @@ def push_files(
         deletes = [CommitOperationDelete(name, is_folder=False) for name in old]
         if old:
             logger.info("Replaced weights are deleted from %r: %s", full_id, ", ".join(old))
-        return api.create_commit(
-            full_id,
-            [*deletes, *adds],
-            commit_message=commit_message,
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-            # What was decided by looking at the repository must not meet another state of it.
-            parent_commit=info.sha if old or (card is not None and _CARD in there) else None,
-        )
+        with _bars_on_terminals_only():
+            return api.create_commit(
+                full_id,
+                [*deletes, *adds],
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+                # What was decided by looking at the repository must not meet another state of it.
+                parent_commit=info.sha if old or (card is not None and _CARD in there) else None,
+            )
     except PretrainedError:
         raise
     except (*NETWORK_ERRORS, RuntimeError, ValueError) as error:
@@ -362,16 +365,31 @@ def _card(
         with tempfile.TemporaryDirectory(prefix="pretrained-card-") as cache:
             old_file = api.hf_hub_download(repo_id, _CARD, revision=commit, cache_dir=cache)
             old = Path(old_file).read_text(encoding="utf-8")
+    elif not families and not tags:
+        return None
     elif (folder / _CARD).is_file():
-        old = (folder / _CARD).read_text(encoding="utf-8")
-        return with_tags(old, tags)
-    elif families or tags:
+        return with_tags((folder / _CARD).read_text(encoding="utf-8"), tags)
+    else:
         variant = families[0][0] if families and (None, "safetensors") not in families else None
         return new_card(folder, {*names, *there}, repo_id, variant=variant, tags=tags)
-    else:
-        return None
     new = with_tags(old, tags)
     return None if new == old else new
+
+
+@contextlib.contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Keep the client's upload bars, unlike those of its downloads, out of logs."""
+    from huggingface_hub import constants, utils  # noqa: PLC0415  # as in push_files
+
+    wanted = constants.HF_HUB_DISABLE_PROGRESS_BARS is False  # set to 0, and not merely unset
+    if wanted or utils.are_progress_bars_disabled() or sys.stderr.isatty():
+        yield
+        return
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.enable_progress_bars()
 
 
 def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
