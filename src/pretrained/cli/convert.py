@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from pretrained.arch.gguf import gguf_architecture, gguf_config, gguf_dropped, gguf_key_map
 from pretrained.arch.skeletons import config_of, policy_for, skeleton_for
+from pretrained.cli.convert_gguf import METHODS, read_tokenizer, write_gguf
 from pretrained.core import convert as core
 from pretrained.core.atomic_files import write_text_atomically
 from pretrained.core.checkpoint import Checkpoint
@@ -38,12 +39,13 @@ from pretrained.errors import (
     did_you_mean,
 )
 
-_FORMATS: Final = ("safetensors", "pytorch")
+_FORMATS: Final = ("safetensors", "pytorch", "gguf")
 _LATER: Final = {
-    "gguf": "Use llama.cpp's convert_hf_to_gguf.py on a safetensors folder meanwhile.",
     "msgpack": "It comes with the release of the Flax backend.",
     "h5": "It comes with the release of the TensorFlow backend.",
 }
+
+_SHARD_SIZE: Final = "5GB"
 
 # Files of a model's folder that go with its weights, whatever their format.
 _CARRIED: Final = (
@@ -64,17 +66,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: The verb's own.
     """
     parser.add_argument("source", metavar="SRC", help="folder, weights file or hub id")
-    parser.add_argument("target", metavar="DST", type=Path, help="folder to make")
+    parser.add_argument("target", metavar="DST", type=Path, help="folder to make, or a name.gguf")
     parser.add_argument(
-        "--to", default="safetensors", metavar="FORMAT", help="safetensors (default) or pytorch"
+        "--to", metavar="FORMAT", help="safetensors (default), pytorch, or gguf (default for name.gguf)"
     )
     parser.add_argument(
         "--dtype", help="float32, bfloat16 or float16 (default: each tensor's own; GGUF blocks: float32)"
     )
     parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="most bytes of one file (5GB)"
+        "--max-shard-size", default=_SHARD_SIZE, metavar="SIZE", help="most bytes of one file (5GB)"
     )
-    parser.add_argument("--quantize", metavar="METHOD", help="int8 or int4; layers one by one, over the disk")
+    parser.add_argument(
+        "--quantize",
+        metavar="METHOD",
+        help="int8 or int4, layer by layer over the disk; for gguf q8_0, q4_0 or q4_1",
+    )
+    parser.add_argument(
+        "--without-tokenizer", action="store_true", help="leave the tokenizer out of a GGUF file"
+    )
     parser.add_argument("--force", action="store_true", help="replace the weights that DST holds")
     parser.add_argument("--variant", help="infix of the weights' file names in SRC, such as fp16")
     parser.add_argument("--gguf-file", metavar="NAME", help="which GGUF file of a folder or repository")
@@ -119,7 +128,9 @@ def convert(options: argparse.Namespace) -> int:
     if options.to == "pytorch":
         _refuse_beside_safetensors(options.target)
     with core.work_folder(options.target) as work:
-        if options.quantize is None:
+        if options.to == "gguf":
+            plan, kept = _to_gguf(job, options, work)
+        elif options.quantize is None:
             plan, kept = _convert(job, options, work)
         else:
             plan, kept = _quantize(job, options, work)
@@ -129,6 +140,9 @@ def convert(options: argparse.Namespace) -> int:
 
 def _check_words(options: argparse.Namespace) -> None:
     """Raise for words that no conversion understands."""
+    is_file = options.target.suffix == ".gguf"
+    if options.to is None:
+        options.to = "gguf" if is_file else "safetensors"
     if options.to in _LATER:
         raise NotYetError(
             f"Conversion to {options.to} is not offered yet", where="--to", mend=_LATER[options.to]
@@ -138,19 +152,32 @@ def _check_words(options: argparse.Namespace) -> None:
         raise ArgumentError(
             f"Unknown format {options.to!r}",
             where="--to",
-            expected=" or ".join(_FORMATS),
+            expected=", ".join(_FORMATS),
             mend=did_you_mean(options.to, known) or None,
+        )
+    if (options.to == "gguf") != is_file:
+        raise ArgumentError(
+            "A GGUF model is one file, and the others are folders",
+            where="DST",
+            expected="a name that ends in .gguf" if options.to == "gguf" else "a folder's name",
+            found=str(options.target),
         )
     if options.dtype is not None:
         options.dtype = floating_dtype_name(options.dtype)
-    if options.quantize not in (None, "int8", "int4"):
+    methods = {"safetensors": ("int8", "int4"), "pytorch": (), "gguf": METHODS}[options.to]
+    if options.quantize is not None and options.quantize not in methods:
         raise ArgumentError(
-            f"Unknown quantization {options.quantize!r}", where="--quantize", expected="int8 or int4"
+            f"{options.to} files are not quantized to {options.quantize!r}",
+            where="--quantize",
+            expected=" or ".join(methods) or "no --quantize",
+            mend=did_you_mean(options.quantize, methods) or None,
         )
-    if options.quantize is not None and options.to != "safetensors":
-        raise ArgumentError(
-            "Quantized weights are written as safetensors", where="--quantize", mend="Leave --to out."
-        )
+    if options.to == "gguf" and options.quantize and options.dtype:
+        raise ArgumentError("A matrix is quantized or has a dtype", where="--dtype", mend="Leave one out.")
+    if options.to == "gguf" and options.dtype == "float64":
+        raise ArgumentError("A GGUF model has no float64 weights", where="--dtype")
+    if options.to == "gguf" and options.max_shard_size != _SHARD_SIZE:
+        raise NotYetError("GGUF models in several files are not written yet", where="--max-shard-size")
 
 
 def _read(source: Source, options: argparse.Namespace) -> _Job:
@@ -172,10 +199,10 @@ def _read(source: Source, options: argparse.Namespace) -> _Job:
     config = None
     if model_type_of(values) in FAMILIES:
         config = config_of(values | {"model_type": model_type_of(values)}, where=source)
-    if values.get("quantization_config") and (options.dtype or options.quantize):
+    if values.get("quantization_config") and (options.dtype or options.quantize or options.to == "gguf"):
         raise ArgumentError(
             "The checkpoint is quantized already, and its tensors mean something only as they are",
-            where="--dtype" if options.dtype else "--quantize",
+            where="--dtype" if options.dtype else "--quantize" if options.quantize else "--to",
             found=(values["quantization_config"] or {}).get("quant_method"),
             mend="Leave it out, or convert the unquantized checkpoint.",
         )
@@ -281,6 +308,31 @@ def _quantize(job: _Job, options: argparse.Namespace, work: Path) -> tuple[Shard
     return plan, kept
 
 
+# As one file
+
+
+def _to_gguf(job: _Job, options: argparse.Namespace, work: Path) -> tuple[ShardPlan, tuple[str, ...]]:
+    if job.config is None:
+        raise ArgumentError(
+            "Only models of known architectures become GGUF files",
+            where="config.json",
+            found=repr(model_type_of(job.values)),
+        )
+    if options.target.is_dir():
+        raise FileError("DST is a folder", where=options.target, mend="Name a file.")
+    return write_gguf(
+        work,
+        options.target,
+        job.checkpoint,
+        job.config,
+        job.values,
+        wanted=options.quantize or options.dtype,
+        name=Path(job.source.name).stem,
+        tokenizer=None if options.without_tokenizer else read_tokenizer(job.source, job.checkpoint),
+        notes=job.notes,
+    )
+
+
 # What goes with the weights
 
 
@@ -331,7 +383,8 @@ def _write_gguf_tokenizer(job: _Job, folder: Path) -> None:
 
 
 def _print(job: _Job, plan: ShardPlan, kept: tuple[str, ...], options: argparse.Namespace) -> None:
-    folder: Path = options.target
+    target: Path = options.target
+    folder = target.parent if options.to == "gguf" else target
     count = sum(len(keys) for keys in plan.files.values())
     wanted = ", ".join(filter(None, (options.quantize, options.dtype)))
     print(
@@ -341,8 +394,8 @@ def _print(job: _Job, plan: ShardPlan, kept: tuple[str, ...], options: argparse.
     for name in plan.files:
         size = format_bytes((folder / name).stat().st_size)
         print(f"  {name}  {size}{'  (kept from the run before)' if name in kept else ''}")
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in plan.files]
-    others = sorted(str(path.relative_to(folder)) for path in files)
+    files = [] if options.to == "gguf" else [path for path in folder.rglob("*") if path.is_file()]
+    others = sorted(str(path.relative_to(folder)) for path in files if path.name not in plan.files)
     if others:
         print(f"  beside them: {', '.join(others)}")
     for note in job.notes:

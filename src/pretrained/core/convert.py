@@ -87,7 +87,7 @@ def plan_conversion(
     aliases = {
         alias: owner
         for alias, owner in (ties or {}).items()
-        if alias in found and owner in found and _same_bytes(found[alias], found[owner])
+        if alias in found and owner in found and _same_span(found[alias], found[owner])
     }
     kept = tuple(step for step in steps if step.key not in aliases)
     if not kept:
@@ -95,7 +95,7 @@ def plan_conversion(
     return ConversionPlan(kept, aliases, dropped)
 
 
-def _same_bytes(first: TensorInfo, second: TensorInfo) -> bool:
+def _same_span(first: TensorInfo, second: TensorInfo) -> bool:
     facts = [(i.file, i.offset, i.nbytes, i.shape, i.dtype, i.strides) for i in (first, second)]
     return facts[0] == facts[1]
 
@@ -347,17 +347,33 @@ def verify(found: Checkpoint, tensors: Mapping[str, TensorSource]) -> None:
     where = found.files[0]
     if set(found.tensors) != set(tensors):
         odd = sorted(set(found.tensors) ^ set(tensors))
-        raise _differs(f"its keys differ: {', '.join(odd[:3])}", where)
+        raise differs(f"its keys differ: {', '.join(odd[:3])}", where)
     reading = Reading(found)
     for key, info in found.tensors.items():
         expected = tensors[key]
         kind = getattr(expected, "stored_as", expected.dtype)
         if (info.dtype, info.shape) != (kind, tuple(expected.shape)):
-            raise _differs(f"{key!r} is {info.dtype} {info.shape}", where)
+            raise differs(f"{key!r} is {info.dtype} {info.shape}", where)
         reading.enter(info)
         if not _equal(expected.read(), _stored(reading, info)):
-            raise _differs(f"the bytes of {key!r} differ", where)
+            raise differs(f"the bytes of {key!r} differ", where)
     reading.leave()
+
+
+def same_bytes(first: TensorInfo, second: TensorInfo, checkpoint: Checkpoint) -> bool:
+    """Tell whether two tensors are one span or hold equal bytes.
+
+    Args:
+        first: A tensor of the checkpoint.
+        second: Another.
+        checkpoint: The files.
+    """
+    if _same_span(first, second):
+        return True
+    if (first.dtype, first.shape, first.nbytes) != (second.dtype, second.shape, second.nbytes):
+        return False
+    readings = Reading(checkpoint), Reading(checkpoint)
+    return _equal(*(_stored(reading, info) for reading, info in zip(readings, (first, second), strict=True)))
 
 
 def _stored(reading: Reading, info: TensorInfo) -> memoryview:
@@ -375,7 +391,13 @@ def _equal(first: memoryview | bytes | bytearray, second: memoryview) -> bool:
     )
 
 
-def _differs(what: str, where: Path) -> CheckpointError:
+def differs(what: str, where: Path) -> CheckpointError:
+    """Return the error for a file that does not hold what was written.
+
+    Args:
+        what: In what it differs.
+        where: The file.
+    """
     return CheckpointError(
         f"What was written is not what was meant: {what}",
         where=where,
