@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -231,13 +232,13 @@ def _convert(job: _Job, options: argparse.Namespace, work: Path) -> tuple[ShardP
         from pretrained.torch.convert import pickle_writer  # noqa: PLC0415
 
         names = {"file_stem": "pytorch_model", "suffix": ".bin"}
-        write_file, read = pickle_writer(tensors), read_torch_checkpoint
+        writer, read = pickle_writer, read_torch_checkpoint
     else:
         names = {}
-        write_file, read = core.safetensors_writer(tensors, _metadata(job)), read_safetensors_header
+        writer, read = partial(core.safetensors_writer, _metadata(job)), read_safetensors_header
     plan = plan_shards(steps.sizes, options.max_shard_size, **names)
     with reporting(None, plan.total_size, "convert") as progress:
-        kept = core.write_parts(work, plan, tensors, write_file, read, nbytes=steps.sizes, progress=progress)
+        kept = core.write_parts(work, plan, tensors, writer, read, nbytes=steps.sizes, progress=progress)
     core.finish(work, options.target, plan, tensors, lambda folder: _add_files(job, folder))
     return plan, kept
 
@@ -294,11 +295,9 @@ def _quantize(job: _Job, options: argparse.Namespace, work: Path) -> tuple[Shard
     tensors: Mapping[str, TensorSource] = model_tensors(model)
     sizes = {key: prod(t.shape) * DTYPES[t.dtype].itemsize for key, t in tensors.items()}
     plan = plan_shards(sizes, options.max_shard_size)
-    write_file = core.safetensors_writer(tensors, {"format": "pt"})
+    writer, read = partial(core.safetensors_writer, {"format": "pt"}), read_safetensors_header
     with reporting(None, plan.total_size, "convert") as progress:
-        kept = core.write_parts(
-            work, plan, tensors, write_file, read_safetensors_header, nbytes=sizes, progress=progress
-        )
+        kept = core.write_parts(work, plan, tensors, writer, read, nbytes=sizes, progress=progress)
 
     def add(folder: Path) -> None:
         write_configs(model, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +134,14 @@ def write_gguf(
     metadata |= _tokenizer(tokenizer, config, notes)
     sizes = {key: block_nbytes(tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
     plan = ShardPlan({target.name: tuple(tensors)}, None, target.stem, None, sum(sizes.values()), ".gguf")
-    write_file = gguf_writer(metadata, tensors)
 
     def read(file: Path) -> Checkpoint:
         return _check_metadata(read_gguf(file), metadata)
 
     with reporting(None, plan.total_size, "convert") as progress:
-        kept = core.write_parts(work, plan, tensors, write_file, read, nbytes=sizes, progress=progress)
+        kept = core.write_parts(
+            work, plan, tensors, partial(gguf_writer, metadata), read, nbytes=sizes, progress=progress
+        )
     part = work / "parts" / target.name
     found = read(part)
     check_same_model(config, config_of(gguf_config(found.metadata, found.tensors), where=target))

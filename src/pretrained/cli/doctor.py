@@ -22,6 +22,7 @@ from pretrained.core import doctor as core
 from pretrained.core.budgets import available_host_memory
 from pretrained.core.checkpoint import Checkpoint
 from pretrained.core.config import CONFIG_NAME, PreTrainedConfig, read_json_object
+from pretrained.core.convert import work_path
 from pretrained.core.disk_space import free_bytes
 from pretrained.core.doctor import Environment, Finding
 from pretrained.core.files import find_weights, open_checkpoint
@@ -53,6 +54,7 @@ _SETTINGS: Final = (
 )  # fmt: skip
 _TOKENIZER_FILES: Final = (
     "tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model",
+    "sentencepiece.bpe.model",
 )  # fmt: skip
 _BYTE_MODELS: Final = ("ByT5Tokenizer", "ByT5TokenizerFast")
 
@@ -113,7 +115,7 @@ def doctor(options: argparse.Namespace) -> int:
     for finding in sorted(findings, key=lambda finding: finding.level):
         print(finding)
     notices = len(findings) - faults
-    print("nothing to do" if not findings else f"{faults} faults, {notices} notices")
+    print("nothing to do" if not findings else f"faults: {faults}, notices: {notices}")
     return 1 if faults else 0
 
 
@@ -229,6 +231,11 @@ class _Model:
                 entry.name: entry.stat().st_size for entry in os.scandir(source.folder) if entry.is_file()
             }
             self.findings += core.check_listing(source.folder, sizes)
+            unfinished = work_path(source.folder.absolute())
+            if unfinished.exists():
+                what = "A conversion to this folder was cut off, or is still running"
+                mend = "Run it again to go on, or remove that folder."
+                self.findings.append(Finding("notice", what, str(unfinished), mend))
         checkpoint = self._checkpoint(source)
         values = self._values(source, checkpoint)
         config = self._config(values)

@@ -202,12 +202,12 @@ def cast(array: npt.NDArray[Any], dtype: str, *, key: str) -> npt.NDArray[Any]:
 WriteFile = Callable[[Path, Sequence[str]], None]
 
 
-def safetensors_writer(tensors: Mapping[str, TensorSource], metadata: Mapping[str, str]) -> WriteFile:
+def safetensors_writer(metadata: Mapping[str, str], tensors: Mapping[str, TensorSource]) -> WriteFile:
     """Return what writes one safetensors file.
 
     Args:
-        tensors: All tensors.
         metadata: String pairs of the header.
+        tensors: All tensors.
     """
 
     def write(file: Path, keys: Sequence[str]) -> None:
@@ -245,7 +245,7 @@ def work_folder(target: Path) -> Iterator[Path]:
         try:
             yield folder
         except PretrainedError as error:
-            if not isinstance(error, OSError):
+            if not isinstance(error, OSError) or not any((folder / "parts").glob("[!.]*")):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)
@@ -283,7 +283,7 @@ def write_parts(
     work: Path,
     plan: ShardPlan,
     tensors: Mapping[str, TensorSource],
-    write_file: WriteFile,
+    writer: Callable[[Mapping[str, TensorSource]], WriteFile],
     read: Callable[[Path], Checkpoint],
     *,
     nbytes: Mapping[str, int],
@@ -295,10 +295,10 @@ def write_parts(
         work: From `work_folder`.
         plan: Which tensor goes to which file.
         tensors: All tensors.
-        write_file: Writes one file with the tensors of some keys.
+        writer: Makes of tensors what writes one file with some of them.
         read: Reads the header of one.
         nbytes: Bytes of each tensor in its file.
-        progress: Told of the bytes that are written and checked.
+        progress: Told of the bytes that are written and compared.
 
     Returns:
         The names of the files that were there already.
@@ -313,7 +313,10 @@ def write_parts(
         for name in os.listdir(parts):
             if name not in plan.files:
                 (parts / name).unlink()
-    total, done, kept = sum(nbytes.values()), 0, []
+    total, kept = sum(nbytes.values()), []
+    count = _Counter(progress, 2 * total)
+    tensors = {key: _Counted(tensor, nbytes[key], count) for key, tensor in tensors.items()}
+    write_file, done = writer(tensors), 0
     there = sum((parts / name).stat().st_size for name in plan.files if (parts / name).exists())
     check_room(parts, max(total - there, 0))
     for name, keys in plan.files.items():
@@ -329,9 +332,34 @@ def write_parts(
                 write_file(fresh, keys)
                 verify(read(fresh), {key: tensors[key] for key in keys})
                 os.replace(fresh, file)
-        done += size
-        progress(done, total, "convert")
+        done += 2 * size
+        count.done = done
     return tuple(kept)
+
+
+class _Counter:
+    """Bytes that were read for writing and again for comparing."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.done = 0
+        self._progress, self._total = progress, total
+
+    def add(self, nbytes: int) -> None:
+        self.done += nbytes
+        self._progress(self.done // 2, self._total // 2, "convert")
+
+
+class _Counted:
+    """A tensor whose reads are counted."""
+
+    def __init__(self, tensor: TensorSource, nbytes: int, counter: _Counter) -> None:
+        self.dtype, self.shape = tensor.dtype, tuple(tensor.shape)
+        self._tensor, self._nbytes, self._counter = tensor, nbytes, counter
+
+    def read(self) -> bytes | bytearray | memoryview:
+        result = self._tensor.read()
+        self._counter.add(self._nbytes)
+        return result
 
 
 def verify(found: Checkpoint, tensors: Mapping[str, TensorSource]) -> None:
@@ -351,8 +379,7 @@ def verify(found: Checkpoint, tensors: Mapping[str, TensorSource]) -> None:
     reading = Reading(found)
     for key, info in found.tensors.items():
         expected = tensors[key]
-        kind = getattr(expected, "stored_as", expected.dtype)
-        if (info.dtype, info.shape) != (kind, tuple(expected.shape)):
+        if (info.dtype, info.shape) != (expected.dtype, tuple(expected.shape)):
             raise differs(f"{key!r} is {info.dtype} {info.shape}", where)
         reading.enter(info)
         if not _equal(expected.read(), _stored(reading, info)):
@@ -497,7 +524,7 @@ def check_target(target: Path, source: Path | None, *, force: bool) -> None:
     """
     if source is not None:
         ours, theirs = target.resolve(), source.resolve()
-        if ours == theirs:
+        if ours == theirs or (source.is_file() and ours == theirs.parent):
             raise ArgumentError(
                 "A checkpoint is not converted in place", where=target, mend="Name another place as DST."
             )

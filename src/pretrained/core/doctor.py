@@ -40,6 +40,9 @@ _PARTIAL: Final = (".incomplete", ".part", ".partial", ".crdownload", ".aria2", 
 # Numbers looked at at a time, and bytes of a tokenizer.json that are parsed.
 _PIECE: Final = 1 << 22
 _MAX_TOKENIZER_BYTES: Final = 100_000_000
+_VOCABULARIES: Final = {
+    "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model",
+}  # fmt: skip
 _HEAD_BYTES: Final = 1 << 16
 
 
@@ -61,7 +64,9 @@ class Finding:
 
     def __str__(self) -> str:
         where = f" ({self.where})" if self.where else ""
-        return f"{self.level}: {self.what}{where}.{' ' + self.mend if self.mend else ''}"
+        text = f"{self.level}: {self.what}{where}"
+        stop = "" if text.endswith((".", "?", "!")) else "."
+        return f"{text}{stop} {self.mend}".rstrip()
 
 
 def of_error(error: PretrainedError, level: Level = "fault") -> Finding:
@@ -158,7 +163,7 @@ def check_environment(found: Environment) -> list[Finding]:
         findings.append(
             Finding(
                 "notice",
-                f"{len(found.partial)} downloads were not finished and take {size}",
+                f"Downloads that were not finished: {len(found.partial)}, of {size}",
                 next(iter(found.partial)),
                 "The next download of the same file goes on from there; or remove them.",
             )
@@ -267,10 +272,10 @@ def check_plan(plan: LoadPlan, skeleton: Skeleton, special: Iterable[str] = ()) 
         mend = (
             "Check that config.json and its 'architectures' describe these weights; a load initialises them."
         )
-        what = f"{len(missing)} of {len(skeleton.params)} weights are not in the files"
+        what = f"Weights that are not in the files: {len(missing)} of {len(skeleton.params)}"
         findings.append(Finding("fault", what, "; ".join(fold_keys(missing)[:5]), mend))
     if plan.unexpected:
-        what = f"{len(plan.unexpected)} tensors of the files serve nothing in this architecture"
+        what = f"Tensors of the files that serve nothing in this architecture: {len(plan.unexpected)}"
         findings.append(
             Finding(
                 "notice",
@@ -280,7 +285,7 @@ def check_plan(plan: LoadPlan, skeleton: Skeleton, special: Iterable[str] = ()) 
             )
         )
     if plan.mismatched:
-        what = f"{len(plan.mismatched)} weights have another shape than config.json says"
+        what = f"Weights with another shape than config.json says: {len(plan.mismatched)}"
         findings.append(
             Finding("fault", what, "; ".join(fold_mismatches(plan.mismatched)[:5]), "Correct config.json.")
         )
@@ -423,7 +428,7 @@ def check_tokenizer(files: Mapping[str, Path], vocab_size: int | None) -> list[F
         files: Those of its files that exist, by name.
         vocab_size: Rows of the embedding; None where nobody says.
     """
-    if not files.keys() & {"tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model"}:
+    if not files.keys() & _VOCABULARIES:
         mend = "Save the tokenizer there too, or load it from the repository of the model."
         return [Finding("notice", "There is no tokenizer", mend=mend)]
     file = files.get("tokenizer.json")
