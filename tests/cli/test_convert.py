@@ -407,7 +407,7 @@ def test_killed_anywhere_it_leaves_nothing_that_loads_as_if_whole(
 def test_what_a_killed_run_has_finished_is_kept(capsys, source, tmp_path, monkeypatch):
     words = [source, tmp_path / "dst", "--max-shard-size", "8KB"]
     with monkeypatch.context() as patched:
-        dying(patched, 12)
+        dying(patched, 7)
         with pytest.raises(Killed):
             run(*words)
     parts = core.work_path(tmp_path / "dst") / "parts"
@@ -426,7 +426,7 @@ def test_what_a_killed_run_has_finished_is_kept(capsys, source, tmp_path, monkey
 
 def test_other_words_after_a_killed_run_start_over(source, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        dying(patched, 12)
+        dying(patched, 7)
         with pytest.raises(Killed):
             run(source, tmp_path / "dst", "--max-shard-size", "8KB")
     assert run(source, tmp_path / "dst", "--max-shard-size", "8KB", "--dtype", "float16") == 0
