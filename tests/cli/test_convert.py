@@ -230,13 +230,16 @@ def test_a_file_without_a_config(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--to", "onnx"], "Unknown format 'onnx' (--to): expected safetensors or"),
+        (["--to", "onnx"], "Unknown format 'onnx' (--to): expected safetensors, pytorch, gguf."),
         (["--to", "safetensor"], "Did you mean 'safetensors'?"),
         (["--to", "msgpack"], "Conversion to msgpack is not offered yet"),
         (["--to", "h5"], "Conversion to h5 is not offered yet"),
         (["--dtype", "bf17"], "Unknown dtype 'bf17'"),
-        (["--quantize", "int3"], "Unknown quantization 'int3'"),
-        (["--quantize", "int8", "--to", "pytorch"], "Quantized weights are written as safetensors"),
+        (
+            ["--quantize", "int3"],
+            "safetensors files are not quantized to 'int3' (--quantize): expected int8 or int4",
+        ),
+        (["--quantize", "int8", "--to", "pytorch"], "pytorch files are not quantized to 'int8'"),
         (["--max-shard-size", "5XB"], "This is not a size"),
     ],
 )

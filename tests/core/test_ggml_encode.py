@@ -31,7 +31,7 @@ def arrays():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("name", "array"), arrays(), ids=lambda value: value if isinstance(value, str) else ""
+    ("name", "array"), list(arrays()), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_bit_equal_to_the_reference(kind, name, array):
     with np.errstate(all="ignore"):

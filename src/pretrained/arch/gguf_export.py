@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrained.arch.gguf import ARCHITECTURES
-from pretrained.arch.llama import LlamaConfig
 from pretrained.arch.rope import rope_table
 from pretrained.core.gguf_writer import GgufValue
 from pretrained.errors import ConfigError, NotYetError
@@ -57,7 +56,7 @@ class RowPermute:
         return halves.swapaxes(1, 2).reshape(array.shape)
 
 
-def gguf_name(key: str, config: LlamaConfig) -> tuple[str, RowPermute | None]:
+def gguf_name(key: str, config: Any) -> tuple[str, RowPermute | None]:
     """Return what a weight is called in a GGUF file, and how its rows are reordered.
 
     Args:
@@ -97,14 +96,14 @@ def check_expressible(config: Any, architecture: str) -> None:
             expected=f"one of {', '.join(NAMES)}",
             mend="Use llama.cpp's convert_hf_to_gguf.py.",
         )
-    faults = []
+    faults: list[tuple[str, object]] = []
     if not architecture.endswith(("ForCausalLM", "Model")):
         faults.append(("architectures", architecture))
     if config.hidden_act not in ("silu", "swish"):
         faults.append(("hidden_act", config.hidden_act))
     scaling = config.rope_scaling or {}
     kind = scaling.get("rope_type", "default")
-    if kind in ("dynamic", "longrope"):
+    if kind == "dynamic" or (kind == "longrope" and not _is_one_set_of_factors(scaling)):
         faults.append(("rope_scaling", kind))
     odd = [name for name in ("attention_factor", "mscale", "mscale_all_dim") if scaling.get(name) is not None]
     if kind == "yarn" and (odd or scaling.get("truncate") is False):
@@ -123,6 +122,11 @@ def check_expressible(config: Any, architecture: str) -> None:
             found=value,
             mend="Convert to safetensors instead.",
         )
+
+
+def _is_one_set_of_factors(scaling: dict[str, Any]) -> bool:
+    """Tell whether LongRoPE divides frequencies alike at every length, and does nothing else."""
+    return scaling["short_factor"] == scaling["long_factor"] and scaling.get("attention_factor") == 1.0
 
 
 def gguf_metadata(config: Any, *, name: str, file_type: str) -> dict[str, GgufValue]:
@@ -186,9 +190,11 @@ def rope_factors(config: Any) -> npt.NDArray[np.float32] | None:
     """Return what `FACTORS` holds: by how much each frequency is divided; None where nothing is.
 
     Args:
-        config: A typed config. Llama 3.1's scaling is the one that is said this way.
+        config: A typed config. Llama 3.1's scaling is said this way, and any fixed set of factors.
     """
     scaling = config.rope_scaling or {}
+    if scaling.get("rope_type") == "longrope":
+        return np.asarray(scaling["short_factor"], np.float32)
     if scaling.get("rope_type") != "llama3":
         return None
     plain = rope_table(
@@ -231,10 +237,13 @@ def check_same_model(wanted: Any, found: Any) -> None:
         "kv_heads", "head_size", "max_position_embeddings", "rms_norm_eps", "qkv_bias", "output_bias",
         "query_key_norm",
     )  # fmt: skip
-    pairs = [(name, getattr(wanted, name), getattr(found, name)) for name in names]
+    pairs: list[tuple[str, Any, Any]] = [
+        (name, getattr(wanted, name), getattr(found, name)) for name in names
+    ]
     layers = range(wanted.num_hidden_layers)
     for name in ("window", "rotates"):
-        pairs.append((name, *([getattr(each, name)(i) for i in layers] for each in (wanted, found))))
+        one, other = ([getattr(each, name)(layer) for layer in layers] for each in (wanted, found))
+        pairs.append((name, one, other))
     ours, theirs = wanted.rope_table(), found.rope_table()
     pairs.append(("rope scaling", ours.attention_scaling, theirs.attention_scaling))
     close = ours.inv_freq.shape == theirs.inv_freq.shape and np.allclose(

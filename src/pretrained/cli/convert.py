@@ -55,6 +55,7 @@ _CARRIED: Final = (
     "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
     "chat_template.jinja", "chat_template.json",
     "preprocessor_config.json", "processor_config.json",
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
     "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt",
 )  # fmt: skip
 _TEMPLATES: Final = "additional_chat_templates/"

@@ -168,8 +168,8 @@ def _steps(checkpoint: Checkpoint, config: PreTrainedConfig, values: Mapping[str
 
     found = plan()
     head, embedding = (checkpoint.tensors.get(f"{name}.weight") for name in ("lm_head", "model.embed_tokens"))
-    both = config.tie_word_embeddings and head is not None and embedding is not None
-    if both and not core.same_bytes(head, embedding, checkpoint):
+    both = (head, embedding) if config.tie_word_embeddings and head and embedding else None
+    if both and not core.same_bytes(*both, checkpoint):
         # The files decide where they and the config disagree, as in a load.
         config.tie_word_embeddings = False
         found = plan()
@@ -228,7 +228,7 @@ def read_tokenizer(source: Source, checkpoint: Checkpoint) -> Any:
     if checkpoint.format == "gguf":
         return AutoTokenizer.from_pretrained(str(checkpoint.files[0]))
     options = source.options
-    hub = {"revision": options.revision, "local_files_only": options.local_files_only}
+    hub: dict[str, Any] = {"revision": options.revision, "local_files_only": options.local_files_only}
     return AutoTokenizer.from_pretrained(source.name, **hub)
 
 

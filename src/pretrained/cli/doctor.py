@@ -306,7 +306,8 @@ class _Model:
         try:
             skeleton = skeleton_for(config)
             policy = replace(policy_for(config, None), allow_missing=True, ignore_mismatched_sizes=True)
-            layouts, special, plain = None, {}, checkpoint
+            special: dict[str, int] = {}
+            layouts, plain = None, checkpoint
             if checkpoint.format == "gguf":
                 arch = gguf_architecture(checkpoint.metadata)
                 layouts = gguf_key_map(arch, values, checkpoint.tensors)
