@@ -365,24 +365,18 @@ def test_int8_tables(tied, near_mean, tmp_path):
         assert embedding.num_embeddings == head.out_features == size and head.shape == (size, 32)
         assert (head.weight is embedding.weight) is (head.weight_scale is embedding.weight_scale) is tied
         assert model(torch.tensor([[1, size - 1]])).logits.shape == (1, 2, size)
-        if size == 120:
-            error = (embedding.dequantized()[99:] - old.mean(0)).abs().max()
-            assert (error < old.mean(0).abs().max() / 100) is near_mean or not near_mean
+        if size == 120 and near_mean:
+            assert (embedding.dequantized()[99:] - old.mean(0)).abs().max() < old.mean(0).abs().max() / 100
     model.save_pretrained(tmp_path)
     again = LlamaForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again.lm_head.weight, head.weight)
 
 
 def test_other_quantized_tables_are_refused():
-    model = build()
-    quantize_model(model.lm_head, QuantizationConfig(quant_method="int4"))
-    model.lm_head = nn.Sequential(model.lm_head)[0]
     leaf = build()
     holder = nn.ModuleDict({"head": leaf.lm_head})
     quantize_model(holder, QuantizationConfig(quant_method="int4"))
     leaf.lm_head = holder["head"]
-    if isinstance(leaf.lm_head, nn.Linear):
-        pytest.skip("the head was not quantized")
     before = state(leaf)
     text = r"quantized in this way.*\(lm_head.weight\).*QuantizedLinear, int4.*dequantize\(\) first"
     with pytest.raises(ArgumentError, match=text):
@@ -396,7 +390,7 @@ MAPS = {
     "disk": "disk",
     "cpu": {"": "cpu"},
     "embedding on disk": {"model.embed_tokens": "disk", "lm_head": "disk", "model": "cpu"},
-    "body on disk": {"model": "disk", "lm_head": "cpu"},
+    "layers on disk": {"model.layers": "disk", "": "cpu"},
 }
 
 
@@ -417,8 +411,8 @@ def test_placed_models_give_what_resident_ones_give(name, tied, size, tmp_path):
     assert (placed.lm_head.weight is placed.model.embed_tokens.weight) is tied
     if "disk" in name:
         # What is still in the file is still let go of after use; what is not lives in memory.
-        assert (placed.__dict__.get("_dispatch") is not None) is (name in ("disk", "body on disk"))
-        assert placed.hf_device_map["model.embed_tokens"] == "cpu" if name != "cpu" else True
+        assert (placed.__dict__.get("_dispatch") is not None) is (name != "embedding on disk")
+        assert placed.hf_device_map.get("model.embed_tokens", "cpu") == "cpu"
     placed.save_pretrained(tmp_path / "again")
     again = LlamaForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(again.lm_head.weight, plain.lm_head.weight)

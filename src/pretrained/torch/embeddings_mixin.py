@@ -133,7 +133,8 @@ class EmbeddingAccessMixin:
 
     def _holder(self, name: str) -> Any:
         """Return the module that holds a stack: this one, the headless one, or None."""
-        return next((held for held in (self, self.base_model) if name in held._modules), None)  # type: ignore[attr-defined]
+        holders: tuple[Any, ...] = (self, self.base_model)  # type: ignore[attr-defined]
+        return next((held for held in holders if name in held._modules), None)
 
 
 def _absent(model: Any, what: str, fact: str) -> ArgumentError:

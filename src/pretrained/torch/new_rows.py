@@ -115,7 +115,9 @@ def rows_as_initialised(
         tensors["bias"] = torch.empty(count)
     for tensor in tensors.values():
         tensor.fill_(float("nan"))
-    twin._parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
+    twin._parameters = {
+        name: nn.Parameter(tensors[name]) if name in tensors else None for name in module._parameters
+    }
     for name in ("num_embeddings", "out_features", "nf"):
         if name in twin.__dict__:
             twin.__dict__[name] = count

@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # Where layers say how many rows they have.
 _COUNTS: Final = ("num_embeddings", "out_features", "nf")
+# Parameters of a layer that have a row for each of its weight's.
+_PARTS: Final = ("weight", "weight_scale", "bias")
 # Settings of a generation config that list tokens, or sequences of them.
 _TOKEN_LISTS: Final = ("suppress_tokens", "begin_suppress_tokens")
 _SEQUENCES: Final = ("bad_words_ids", "sequence_bias")
@@ -74,8 +76,8 @@ class Table:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return what is resized, by name in the module."""
         held = self.module._parameters
-        names = held if self.alone is None else (self.alone,)
-        return {name: held[name] for name in names if held[name] is not None}
+        names = _PARTS if self.alone is None else (self.alone,)
+        return {name: held[name] for name in names if held.get(name) is not None}
 
     def read(self) -> Rows:
         """Return what reads rows of the weight as numbers."""
@@ -164,7 +166,7 @@ def vocabulary_tables(model: Any) -> list[Table]:
     # Weights that the class ties to these and that came apart since must still fit them.
     for alias, owner in model.ties().items():
         pair = (_parameter(model, alias), _parameter(model, owner))
-        if None in pair or sum(id(parameter) in held for parameter in pair) != 1:
+        if any(p is None for p in pair) or sum(id(p) in held for p in pair) != 1:
             continue
         path, _, name = (alias if id(pair[1]) in held else owner).rpartition(".")
         table = Table(path, model.get_submodule(path), None if name == "weight" else name)
@@ -364,7 +366,7 @@ def resize_vocabulary(model: Any, size: int, *, near_mean: bool) -> None:
     }
     for key, config in configs.items():
         _check_config(config, changes[key])
-    generation = getattr(model, "generation_config", None)
+    generation: Any = getattr(model, "generation_config", None)
     unset = {} if generation is None else _cut(generation._values, size, rows)
     _check_room(changing, size)
     edit = _Edit()
@@ -503,7 +505,7 @@ def untie(model: Any, alias: str, owner: str) -> None:
     sizes = {f"{path}.{name}": p.nbytes for name, p in shared.items() if p.device.type == "cpu"}
     check_memory(sizes)
     own = {id(parameter): (parameter, _copy(parameter)) for parameter in shared.values()}
-    with transaction() as undo, rehome(model, own, undo):
+    with transaction() as undo, rehome(model, own, undo, only=path):
         for name, parameter in shared.items():
             undo.set_item(head._parameters, name, own[id(parameter)][1])
         undo.keep(model.config.__dict__)

@@ -193,7 +193,7 @@ def replace_parameters(model: nn.Module, new: NewParameters, undo: Undo) -> list
 
 
 @contextmanager
-def rehome(model: nn.Module, new: NewParameters, undo: Undo) -> Iterator[None]:
+def rehome(model: nn.Module, new: NewParameters, undo: Undo, *, only: str | None = None) -> Iterator[None]:
     """Make a placed model run with the weights that the block puts in.
 
     They live where the old ones lived. Those of a weight on disk are in no file, so they stay in memory.
@@ -202,6 +202,7 @@ def rehome(model: nn.Module, new: NewParameters, undo: Undo) -> Iterator[None]:
         model: One that was not placed is left alone.
         new: What becomes what.
         undo: Takes how to undo it.
+        only: Path of the one module whose weights are replaced; None for all that hold them.
 
     Raises:
         PlacementError: weights that come from disk do not fit into memory.
@@ -211,6 +212,8 @@ def rehome(model: nn.Module, new: NewParameters, undo: Undo) -> Iterator[None]:
         yield
         return
     moving = _on_disk(model, new, dispatch.store)
+    if only is not None:
+        moving = {path: pair for path, pair in moving.items() if path == only}
     check_room(sum(made.nbytes for _, made in set(moving.values())), "resizing weights on disk")
     # Undone last, when the old weights are back.
     undo.add(lambda: attach(model, dispatch.homes, dispatch.store, **dispatch.options))
