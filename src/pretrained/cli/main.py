@@ -19,6 +19,8 @@ _VERBS = {
     "run": ("pretrained.cli.run", "generate text with a model"),
     "inspect": ("pretrained.cli.inspect", "show what a model holds, from headers only"),
     "plan": ("pretrained.cli.plan", "show where a model's weights would live"),
+    "convert": ("pretrained.cli.convert", "write a checkpoint in another format, dtype or number of files"),
+    "doctor": ("pretrained.cli.doctor", "say what is wrong with a model's files or this machine"),
 }
 
 _EXAMPLES = """\
@@ -28,6 +30,8 @@ examples:
   pretrained run model.gguf - < prompt.txt
   pretrained inspect ./my-model
   pretrained plan ./my-model --max-memory 0=10GiB,cpu=30GiB --dtype bf16
+  pretrained convert model.gguf ./my-model --dtype bf16
+  pretrained doctor ./my-model
 """
 
 

@@ -118,6 +118,8 @@ class Dispatch:
     homes: Homes
     store: DiskWeights
     handles: list[RemovableHandle] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    """What else `attach` was called with, to call it again."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self.store.__deepcopy__(memo)
@@ -148,7 +150,29 @@ def attach(
         runtimes: Gives the streams of a device; None for one that has none.
     """
     remove_hooks(model)
-    dispatch = Dispatch(homes, store)
+    skip_keys = skip_keys if isinstance(skip_keys, str) else tuple(skip_keys)
+    whole = tuple(whole)
+    options = {"skip_keys": skip_keys, "whole": whole, "force": force, "runtimes": runtimes}
+    dispatch = Dispatch(homes, store, options=options)
+    try:
+        _add_hooks(model, dispatch, skip_keys, whole, force, runtimes)
+    except BaseException:
+        # Half of the hooks would bring weights in and never put them back.
+        for handle in dispatch.handles:
+            handle.remove()
+        raise
+
+
+def _add_hooks(
+    model: nn.Module,
+    dispatch: Dispatch,
+    skip_keys: Iterable[str],
+    whole: Iterable[str],
+    force: bool,
+    runtimes: Callable[[torch.device], Runtime | None],
+) -> None:
+    """Do what `attach` says, and note the dispatch on the model at the end."""
+    homes, store = dispatch.homes, dispatch.store
     ahead, releases = ReadAhead(), Releases(store)
     runtime = {device: runtimes(device) for device in homes.devices}
     fast = frozenset(device for device, found in runtime.items() if found is not None)

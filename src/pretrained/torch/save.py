@@ -134,7 +134,7 @@ def save_pretrained(
         write_checkpoint(
             folder, plan, sources, file_stem=plan.file_stem, variant=variant, write_file=write_file
         )
-    _write_configs(model, folder)
+    write_configs(model, folder)
     if push_to_hub:
         model.push_to_hub(kwargs.pop("repo_id", None) or folder.name, **kwargs)
 
@@ -281,7 +281,13 @@ def _compact(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if own else tensor.clone()
 
 
-def _write_configs(model: Any, folder: Path) -> None:
+def write_configs(model: Any, folder: Path) -> None:
+    """Write config.json and generation_config.json.
+
+    Args:
+        model: A `PreTrainedModel`, with its weights.
+        folder: Where.
+    """
     config = model.config
     # Set one by one and not by `update`, which would refuse a config that contradicts itself.
     config.architectures, config.dtype = [type(model).__name__], dtype_name_of(model.dtype)
