@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`pretrained convert` to GGUF: read by the gguf package, and loaded back with equal logits."""
 
+import contextlib
 import json
 
 import gguf
@@ -14,6 +15,7 @@ from pretrained.cli.main import main
 from pretrained.core.gguf import read_gguf
 from pretrained.torch.models import llama, mistral, qwen2, qwen3, smollm3
 from support.cases import LLAMA3, LONGROPE, TINY_LLAMA, YARN
+from support.dying import Killed, dying
 from support.tokenizers import byte_alphabet, write_json_tokenizer
 
 SIZES = TINY_LLAMA | {"hidden_size": 64, "intermediate_size": 96, "bos_token_id": 1, "eos_token_id": 2}
@@ -280,6 +282,28 @@ def test_a_file_that_is_there_is_replaced_only_by_force(capsys, tmp_path):
     assert "DST exists already" in capsys.readouterr().err and file.read_text() == "mine"
     assert run(tmp_path / "src", file, "--force") == 0
     assert torch.equal(logits(file), logits(tmp_path / "src"))
+    assert {path.name for path in tmp_path.iterdir()} == {"src", "model.gguf"}
+
+
+def test_killed_anywhere_there_is_the_old_file_or_the_new(tmp_path, monkeypatch):
+    model = save(tmp_path / "src", llama.LlamaForCausalLM, num_hidden_layers=1)
+    file = tmp_path / "model.gguf"
+    words = [tmp_path / "src", file, "--dtype", "bf16", "--force"]
+    for after in range(50):
+        file.write_bytes(b"old")
+        with monkeypatch.context() as patched:
+            calls = dying(patched, after)
+            with contextlib.suppress(Killed):
+                assert run(*words) == 0
+        if file.read_bytes() != b"old":
+            assert len(read_gguf(file).tensors) == len(model.state_dict())
+        if len(calls) <= after:
+            break
+        assert run(*words) == 0
+    assert 5 < after < 49
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained(file).lm_head.weight, model.lm_head.weight.bfloat16().float()
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"src", "model.gguf"}
 
 
