@@ -14,6 +14,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import pretrained
@@ -200,6 +202,31 @@ def test_quantizing_is_what_a_quantized_load_would_save(source, tmp_path, method
     assert ours == theirs
     assert torch.equal(logits(tmp_path / "dst"), logits(tmp_path / "saved"))
     assert not left(tmp_path) - {"saved"}
+
+
+def test_a_hub_id_in_the_cache(capsys, source, tmp_path, monkeypatch):
+    cache = tmp_path / "cache" / "models--me--tiny"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("a" * 40)
+    (cache / "snapshots").mkdir()
+    shutil.copytree(source, cache / "snapshots" / ("a" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert run("me/tiny", tmp_path / "dst", "--offline", "--dtype", "fp16") == 0
+    expected = {key: value.half() for key, value in load_file(source / "model.safetensors").items()}
+    assert same(values(tmp_path / "dst"), expected)
+    assert (tmp_path / "dst" / "tokenizer.json").is_file()
+    assert main(["doctor", "me/tiny", "--offline"]) == 0
+    assert "me/tiny: LlamaForCausalLM, safetensors" in capsys.readouterr().out
+
+
+def test_transformers_reads_what_was_written(source, tmp_path):
+    words = ("--to", "pytorch"), ("--max-shard-size", "8KB"), ("--max-shard-size", "8KB", "--to", "pytorch")
+    for number, each in enumerate(words):
+        assert run(source, tmp_path / f"dst{number}", *each) == 0
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"dst{number}").eval()
+        with torch.no_grad():
+            found = model(torch.arange(1, 9)[None]).logits
+        torch.testing.assert_close(found, logits(source), rtol=1e-5, atol=1e-5)
 
 
 def test_an_unknown_architecture_is_taken_as_it_is(capsys, source, tmp_path):

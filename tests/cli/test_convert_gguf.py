@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from pretrained import AutoModelForCausalLM, AutoTokenizer
@@ -127,6 +128,20 @@ def test_blocks_are_the_references_own(tmp_path, method):
     )
     difference = (logits(file) - logits(tmp_path / "src")).abs().max()
     assert difference < {"q8_0": 0.02, "q4_0": 0.6, "q4_1": 0.6}[method]
+
+
+@pytest.mark.parametrize("family", ["llama", "tied", "qwen2", "qwen3"])
+def test_transformers_computes_the_same_from_the_file(tmp_path, family):
+    cls, values = FAMILIES[family]
+    if family == "qwen3":
+        values = values | {"head_dim": 128}  # transformers takes this one, whatever the file says
+    save(tmp_path / "src", cls, vocab_size=280, **values)
+    write_byte_level(tmp_path / "src")
+    assert run(tmp_path / "src", tmp_path / "model.gguf") == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf").eval()
+    with torch.no_grad():
+        found = theirs(torch.arange(3, 19)[None]).logits
+    torch.testing.assert_close(found, logits(tmp_path / "src"), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_that_are_no_blocks_stay_half(capsys, tmp_path):
