@@ -38,12 +38,13 @@ class TextChange:
 
     Args:
         folder: The folder.
-        texts: Content by file name; what the folder holds already, to the letter, is left alone.
+        texts: Content by file name; what the folder holds already, to the letter, needs no journal.
     """
 
     def __init__(self, folder: Path, texts: Mapping[str, str]) -> None:
         self._folder = folder
-        self._texts = {name: text for name, text in texts.items() if not _holds(folder / name, text)}
+        self._same = {name: text for name, text in texts.items() if _holds(folder / name, text)}
+        self._texts = {name: text for name, text in texts.items() if name not in self._same}
         token = secrets.token_hex(4)
         self._temporary = {name: temporary_name(name, token) for name in self._texts}
 
@@ -69,6 +70,9 @@ class TextChange:
 
     def finish(self) -> None:
         """Give the texts their names, and remove the journal."""
+        for name, text in self._same.items():
+            # Written too, for whoever asks by their times which files a save has written.
+            replace_text(self._folder / name, text)
         if not self._texts:
             return
         for name, temporary in self._temporary.items():

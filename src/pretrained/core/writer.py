@@ -191,6 +191,7 @@ def write_checkpoint(
     variant: str | None = None,
     write_file: Callable[[Path, Sequence[str]], None] | None = None,
     texts: Mapping[str, str] | None = None,
+    needed: int | None = None,
 ) -> None:
     """Write a checkpoint into a folder, in place of an earlier one of the same stem and variant.
 
@@ -221,6 +222,7 @@ def write_checkpoint(
             of some keys, instead of what this module does with the tensors and the metadata.
         texts: Small files that describe the weights, content by name (config.json). They change at the same
             moment for readers of this library, see `pretrained.core.save_journal`; for others right after.
+        needed: Bytes that the disk must have free; None for those of all files.
 
     Raises:
         ArgumentError: the plan and the tensors do not belong together, or a tensor's bytes do not fit its
@@ -235,7 +237,7 @@ def write_checkpoint(
     token = secrets.token_hex(4)
     temporary = {name: temporary_name(name, token) for name in plan.files}
     sizes = {name: _file_size(keys, tensors) for name, keys in plan.files.items()}
-    _make_room(folder, plan, sum(sizes.values()))
+    _make_room(folder, plan, sum(sizes.values()) if needed is None else needed)
     with errors_with_mend(folder):
         if texts:
             tidy(folder, texts)
