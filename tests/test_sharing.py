@@ -188,6 +188,35 @@ def test_old_weights_do_not_win(hub, api, here):
     assert same(old, LlamaForCausalLM.from_pretrained("alice/pickle", **here))
 
 
+def test_quantized_and_offloaded_models(hub, api, here, tmp_path):
+    tiny().save_pretrained(tmp_path / "plain")
+    packed = LlamaForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config={"quant_method": "int8"}
+    )
+    packed.push_to_hub("alice/int8", api=api())
+    assert same(packed, LlamaForCausalLM.from_pretrained("alice/int8", **here))
+    card = hub.files("alice/int8")["README.md"].decode()
+    assert "parameters" not in card and "int8" in card
+    on_disk = LlamaForCausalLM.from_pretrained(
+        tmp_path / "plain", device_map={"": "cpu", "model.layers.1": "disk"}, offload_folder=tmp_path / "off"
+    )
+    on_disk.push_to_hub("alice/offloaded", api=api())
+    assert same(tiny(), LlamaForCausalLM.from_pretrained("alice/offloaded", **here))
+
+
+@pytest.mark.slow
+def test_transformers_pushes_and_loads_the_same(hub, api, here, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    model, ids = tiny(), torch.tensor([[3, 4, 5]])
+    model.push_to_hub("alice/ours", api=api())
+    theirs = transformers.LlamaForCausalLM.from_pretrained("alice/ours", cache_dir=tmp_path / "theirs").eval()
+    assert torch.allclose(theirs(ids).logits, model(ids).logits, atol=1e-5)
+    theirs.push_to_hub("alice/theirs")
+    again = LlamaForCausalLM.from_pretrained("alice/theirs", **here)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
 def test_pushing_the_same_again_makes_no_commit(hub, api):
     first = tiny().push_to_hub("alice/tiny", api=api())
     assert tiny().push_to_hub("alice/tiny", api=api()).oid == first.oid
@@ -344,6 +373,23 @@ def test_an_upload_that_was_cut_goes_on_where_it_was(part_size, hub, api, here):
     model.push_to_hub("alice/tiny", max_shard_size="6kB", api=api())
     assert {line.split("/")[2] for line in hub.asked("PUT /upload")} == left
     assert same(model, LlamaForCausalLM.from_pretrained("alice/tiny", **here))
+
+
+def test_parts_that_arrived_are_not_sent_again(hub, api, here):
+    hub.part_size = 2000
+    hub.faults += [Fault(rf"PUT /upload/\w+/{number}$", cut=100) for number in (3, 6, 9, 12)]
+    model = tiny()
+    model.push_to_hub("alice/tiny", api=api())
+    sent = [path.rpartition("/")[2] for verb, path, _, _ in hub.requests if verb == "PUT"]
+    assert sent == [str(number) for number in range(1, 14)]
+    assert same(model, LlamaForCausalLM.from_pretrained("alice/tiny", **here))
+
+
+def test_a_server_without_xet(hub, api, monkeypatch):
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(FileError, match=r"does not speak Xet, .*Set HF_HUB_DISABLE_XET=1"):
+        tiny().push_to_hub("alice/tiny", api=api())
 
 
 def test_a_cut_that_heals_is_not_noticed(hub, api, here):

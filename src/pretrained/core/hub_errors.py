@@ -153,6 +153,11 @@ def _push_failure(fault: _Fault, repo_id: str) -> tuple[str, str]:
         return f"{repo_id!r} cannot be the name of a repository", "Write 'name' or 'owner/name'."
     if "Timeout" in fault.names:
         return f"The Hub did not answer in time to the push to {repo_id!r}", _PUSH_AGAIN
+    if "xet-write-token" in fault.first_line:
+        return (
+            f"The server does not speak Xet, in the push to {repo_id!r}",
+            "Set HF_HUB_DISABLE_XET=1 for servers that know only LFS.",
+        )
     if _unreachable(fault):
         return f"The connection failed in the push to {repo_id!r}", f"Check the connection. {_PUSH_AGAIN}"
     return f"Pushing to {repo_id!r} failed", _PUSH_AGAIN
@@ -223,10 +228,13 @@ def _failure(fault: _Fault, repo_id: str, hint: str) -> tuple[str, str]:
     )
 
 
+_CUTS = ("Connect", "Timeout", "Network", "Protocol", "ChunkedEncoding", "Offline")
+
+
 def _unreachable(fault: _Fault) -> bool:
     if fault.status is not None:
         return fault.status >= 500
-    return any(word in fault.names for word in ("Connect", "Timeout", "Network", "Protocol", "Offline"))
+    return any(word in fault.names for word in _CUTS)
 
 
 def _token_state(token: str | bool | None) -> str:

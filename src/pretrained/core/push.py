@@ -299,8 +299,13 @@ def push_files(
         raise
     except (*NETWORK_ERRORS, RuntimeError, ValueError) as error:
         # The client wraps a failed upload in a RuntimeError, and malformed answers are ValueErrors.
-        endpoint = getattr(api, "endpoint", None)
-        raise explain_push(error, repo_id, token=token, revision=revision, endpoint=endpoint) from error
+        raise explain_push(
+            error,
+            repo_id,
+            token=token if token is not None else getattr(api, "token", None),
+            revision=revision,
+            endpoint=getattr(api, "endpoint", None),
+        ) from error
 
 
 def replaced(there: Collection[str], names: Collection[str]) -> list[str]:
