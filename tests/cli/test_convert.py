@@ -14,6 +14,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import pretrained
@@ -24,6 +26,7 @@ from pretrained.core import disk_space
 from pretrained.core.files import open_checkpoint
 from pretrained.core.reader import MappedFiles
 from support.checkpoints import Folder, tiny_llama
+from support.dying import Killed, dying
 from support.gguf_files import write_gguf
 from support.tokenizers import byte_alphabet, write_json_tokenizer
 
@@ -201,6 +204,31 @@ def test_quantizing_is_what_a_quantized_load_would_save(source, tmp_path, method
     assert not left(tmp_path) - {"saved"}
 
 
+def test_a_hub_id_in_the_cache(capsys, source, tmp_path, monkeypatch):
+    cache = tmp_path / "cache" / "models--me--tiny"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("a" * 40)
+    (cache / "snapshots").mkdir()
+    shutil.copytree(source, cache / "snapshots" / ("a" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert run("me/tiny", tmp_path / "dst", "--offline", "--dtype", "fp16") == 0
+    expected = {key: value.half() for key, value in load_file(source / "model.safetensors").items()}
+    assert same(values(tmp_path / "dst"), expected)
+    assert (tmp_path / "dst" / "tokenizer.json").is_file()
+    assert main(["doctor", "me/tiny", "--offline"]) == 0
+    assert "me/tiny: LlamaForCausalLM, safetensors" in capsys.readouterr().out
+
+
+def test_transformers_reads_what_was_written(source, tmp_path):
+    words = ("--to", "pytorch"), ("--max-shard-size", "8KB"), ("--max-shard-size", "8KB", "--to", "pytorch")
+    for number, each in enumerate(words):
+        assert run(source, tmp_path / f"dst{number}", *each) == 0
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"dst{number}").eval()
+        with torch.no_grad():
+            found = model(torch.arange(1, 9)[None]).logits
+        torch.testing.assert_close(found, logits(source), rtol=1e-5, atol=1e-5)
+
+
 def test_an_unknown_architecture_is_taken_as_it_is(capsys, source, tmp_path):
     (source / "config.json").write_text('{"model_type": "no-such", "torch_dtype": "float32"}')
     assert run(source, tmp_path / "dst", "--dtype", "bf16") == 0
@@ -341,31 +369,6 @@ def test_what_was_written_wrong_is_found(capsys, source, tmp_path, monkeypatch):
 # Interrupted
 
 
-class Killed(BaseException):
-    """Ends the program; nothing that comes after it has an effect."""
-
-
-def dying(monkeypatch, after):
-    """Let all that changes the disk fail, from some call on, as if the process were gone; count the calls."""
-    calls = []
-
-    def wrap(module, name):
-        original = getattr(module, name)
-
-        def act(*words, **options):
-            calls.append(name)
-            if len(calls) > after:
-                raise Killed
-            return original(*words, **options)
-
-        monkeypatch.setattr(module, name, act)
-
-    for name in ("replace", "rename", "fsync", "unlink", "rmdir", "mkdir", "link"):
-        wrap(os, name)
-    wrap(shutil, "rmtree")
-    return calls
-
-
 @pytest.mark.parametrize("force", [False, True], ids=["new", "force"])
 def test_killed_anywhere_it_leaves_nothing_that_loads_as_if_whole(
     source, tmp_path, monkeypatch, force, capsys
@@ -489,12 +492,9 @@ print(json.dumps({"peak": status("VmHWM") - before, "torch": "torch" in sys.modu
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to reset the peak"
 )
-@pytest.mark.parametrize(
-    ("words", "tensors"), [((), 1.6), (("--dtype", "bf16"), 3.5)], ids=["as it is", "cast"]
-)
-def test_memory_holds_one_tensor_at_a_time(tmp_path, words, tensors):
-    # As it is: the tensor and what it is compared with, file pages both. Cast: its pages, its new bytes, the
-    # pages of the new file, and pieces of float32 between.
+@pytest.mark.parametrize("words", [(), ("--dtype", "bf16")], ids=["as it is", "cast"])
+def test_memory_holds_one_tensor_at_a_time(tmp_path, words):
+    # The old file's pages of a tensor, the new bytes, the new file's pages and pieces between: of 12 tensors.
     size = 8 << 20
     save_file({"a": torch.ones(4)}, tmp_path / "tiny.safetensors")
     content = {f"layer.{i}.weight": torch.full((size // 4,), float(i)) for i in range(12)}
@@ -511,4 +511,4 @@ def test_memory_holds_one_tensor_at_a_time(tmp_path, words, tensors):
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert not found["torch"]
-    assert found["peak"] < (tensors + 1.5) * size, found["peak"] / size
+    assert found["peak"] < 4 * size, found["peak"] / size

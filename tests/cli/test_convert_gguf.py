@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`pretrained convert` to GGUF: read by the gguf package, and loaded back with equal logits."""
 
+import contextlib
 import json
 
 import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from pretrained import AutoModelForCausalLM, AutoTokenizer
@@ -14,6 +16,7 @@ from pretrained.cli.main import main
 from pretrained.core.gguf import read_gguf
 from pretrained.torch.models import llama, mistral, qwen2, qwen3, smollm3
 from support.cases import LLAMA3, LONGROPE, TINY_LLAMA, YARN
+from support.dying import Killed, dying
 from support.tokenizers import byte_alphabet, write_json_tokenizer
 
 SIZES = TINY_LLAMA | {"hidden_size": 64, "intermediate_size": 96, "bos_token_id": 1, "eos_token_id": 2}
@@ -125,6 +128,20 @@ def test_blocks_are_the_references_own(tmp_path, method):
     )
     difference = (logits(file) - logits(tmp_path / "src")).abs().max()
     assert difference < {"q8_0": 0.02, "q4_0": 0.6, "q4_1": 0.6}[method]
+
+
+@pytest.mark.parametrize("family", ["llama", "tied", "qwen2", "qwen3"])
+def test_transformers_computes_the_same_from_the_file(tmp_path, family):
+    cls, values = FAMILIES[family]
+    if family == "qwen3":
+        values = values | {"head_dim": 128}  # transformers takes this one, whatever the file says
+    save(tmp_path / "src", cls, vocab_size=280, **values)
+    write_byte_level(tmp_path / "src")
+    assert run(tmp_path / "src", tmp_path / "model.gguf") == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf").eval()
+    with torch.no_grad():
+        found = theirs(torch.arange(3, 19)[None]).logits
+    torch.testing.assert_close(found, logits(tmp_path / "src"), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_that_are_no_blocks_stay_half(capsys, tmp_path):
@@ -280,6 +297,28 @@ def test_a_file_that_is_there_is_replaced_only_by_force(capsys, tmp_path):
     assert "DST exists already" in capsys.readouterr().err and file.read_text() == "mine"
     assert run(tmp_path / "src", file, "--force") == 0
     assert torch.equal(logits(file), logits(tmp_path / "src"))
+    assert {path.name for path in tmp_path.iterdir()} == {"src", "model.gguf"}
+
+
+def test_killed_anywhere_there_is_the_old_file_or_the_new(tmp_path, monkeypatch):
+    model = save(tmp_path / "src", llama.LlamaForCausalLM, num_hidden_layers=1)
+    file = tmp_path / "model.gguf"
+    words = [tmp_path / "src", file, "--dtype", "bf16", "--force"]
+    for after in range(50):
+        file.write_bytes(b"old")
+        with monkeypatch.context() as patched:
+            calls = dying(patched, after)
+            with contextlib.suppress(Killed):
+                assert run(*words) == 0
+        if file.read_bytes() != b"old":
+            assert len(read_gguf(file).tensors) == len(model.state_dict())
+        if len(calls) <= after:
+            break
+        assert run(*words) == 0
+    assert 5 < after < 49
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained(file).lm_head.weight, model.lm_head.weight.bfloat16().float()
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"src", "model.gguf"}
 
 

@@ -66,6 +66,18 @@ def test_the_machine_alone(capsys):
     assert "memory: " in out and "cache: " in out
 
 
+def test_passwords_are_not_shown(capsys, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:secret@proxy:3128")
+    for words in ((), ("--json",)):
+        out = run(capsys, *words)[1]
+        assert "secret" not in out and "http://...@proxy:3128" in out
+
+
+def test_a_conversion_that_was_cut_off(capsys, folder):
+    (folder.path.parent / ".model.converting").mkdir()
+    only(capsys, folder, "notice", "A conversion to this folder was cut off", "Run it again")
+
+
 # Weights
 
 

@@ -135,7 +135,7 @@ def environment() -> Environment:
         cache=str(cache),
         disk_free=free_bytes(next(p for p in (cache, *cache.parents) if p.is_dir())),
         partial=_partial(cache),
-        settings={name: os.environ[name] for name in _SETTINGS if name in os.environ},
+        settings={name: _without_password(os.environ[name]) for name in _SETTINGS if name in os.environ},
     )
 
 
@@ -144,6 +144,11 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _without_password(value: str) -> str:
+    """Leave out of a proxy's address what nobody should paste into a report."""
+    return re.sub(r"//[^/@]*@", "//...@", value)
 
 
 def _least() -> dict[str, str]:
