@@ -18,6 +18,7 @@ from pretrained.core.options import refuse
 from pretrained.core.push import PushToHubMixin
 from pretrained.errors import ArgumentError, UnknownArgumentError
 from pretrained.torch import load, save
+from pretrained.torch.adapters_mixin import AdapterMixin
 from pretrained.torch.attention import check_attn_implementation
 from pretrained.torch.embeddings_mixin import EmbeddingAccessMixin
 from pretrained.torch.initialise import initialise, initialise_module
@@ -35,6 +36,7 @@ class PreTrainedModel(
     nn.Module,
     EmbeddingAccessMixin,
     ModuleUtilsMixin,
+    AdapterMixin,
     PushToHubMixin,
 ):
     """Base of every model.
