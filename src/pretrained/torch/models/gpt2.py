@@ -48,6 +48,7 @@ class GPT2PreTrainedModel(PreTrainedModel):
     key_rules = arch.KEY_RULES
     _no_split_modules = arch.NO_SPLIT
     _input_embedding = "wte"
+    _position_embedding = "wpe"
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise a module; layers that feed the residual stream are smaller by its number of inputs.
