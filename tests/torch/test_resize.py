@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from pretrained.core.config import PreTrainedConfig
 from pretrained.core.quantization import QuantizationConfig
 from pretrained.errors import ArgumentError, NotYetError, PlacementError
 from pretrained.testing.battery import Case
 from pretrained.torch import dispatch, resize, row_edits
+from pretrained.torch.model import PreTrainedModel
 from pretrained.torch.models.bert import BertForMaskedLM
 from pretrained.torch.models.distilbert import DistilBertModel
 from pretrained.torch.models.gpt2 import GPT2LMHeadModel
@@ -21,11 +23,14 @@ from pretrained.torch.models.llama import LlamaForCausalLM, LlamaForSequenceClas
 from pretrained.torch.models.roberta import RobertaForMaskedLM
 from pretrained.torch.models.t5 import T5ForConditionalGeneration
 from pretrained.torch.nn import Conv1D
+from pretrained.torch.offload import DiskWeights
 from pretrained.torch.quantize_model import quantize_model
+from pretrained.torch.quantized_blocks import GgufEmbedding
 from support.cases import TINY_LLAMA
 from support.cases_bert import TINY_BERT, TINY_DISTILBERT
 from support.cases_gpt2 import TINY_GPT2
 from support.cases_t5 import TINY_T5
+from support.fake_accelerator import FakeRuntime
 
 CONFIGS = {
     LlamaForCausalLM: TINY_LLAMA,
@@ -280,6 +285,45 @@ def test_training_goes_on_with_new_rows():
     assert not torch.equal(model.lm_head.weight[110], old[110])
 
 
+class TextConfig(PreTrainedConfig):
+    model_type = "text-of-own"
+    vocab_size: int = 50
+    hidden_size: int = 8
+
+
+class CompositeConfig(PreTrainedConfig):
+    model_type = "own"
+    tie_word_embeddings: bool = False
+    text_config: dict | None = None
+
+    def get_text_config(self, decoder=False):
+        if "_text" not in self.__dict__:
+            object.__setattr__(self, "_text", TextConfig(pad_token_id=45))
+        return self._text
+
+
+class Composite(PreTrainedModel):
+    config_class = CompositeConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        text = config.get_text_config()
+        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size, padding_idx=45)
+        self.lm_head = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.post_init()
+
+
+def test_the_text_part_of_a_config_follows():
+    model = Composite(CompositeConfig())
+    model.resize_token_embeddings(60)
+    text = model.config.get_text_config()
+    assert text.vocab_size == 60 and text.pad_token_id == 45
+    assert not hasattr(model.config, "vocab_size")
+    assert model.lm_head.num_embeddings == 60
+    model.resize_token_embeddings(40)
+    assert text.pad_token_id is None and model.embed_tokens.padding_idx is None
+
+
 # -- kinds of layers -----------------------------------------------------------------------------
 
 
@@ -384,6 +428,15 @@ def test_other_quantized_tables_are_refused():
     assert_same(before, state(leaf))
 
 
+def test_blocks_of_a_gguf_file_are_refused():
+    model = build()
+    model.model.embed_tokens = GgufEmbedding(99, 32, "q8_0")
+    before = state(model)
+    with pytest.raises(ArgumentError, match=r"\(model.embed_tokens.weight\).*found GgufEmbedding, q8_0"):
+        model.resize_token_embeddings(120)
+    assert_same(before, state(model))
+
+
 # -- homes ---------------------------------------------------------------------------------------
 
 MAPS = {
@@ -411,7 +464,7 @@ def test_placed_models_give_what_resident_ones_give(name, tied, size, tmp_path):
     assert (placed.lm_head.weight is placed.model.embed_tokens.weight) is tied
     if "disk" in name:
         # What is still in the file is still let go of after use; what is not lives in memory.
-        assert (placed.__dict__.get("_dispatch") is not None) is (name != "embedding on disk")
+        assert "_dispatch" in placed.__dict__ or name == "embedding on disk"
         assert placed.hf_device_map.get("model.embed_tokens", "cpu") == "cpu"
     placed.save_pretrained(tmp_path / "again")
     again = LlamaForCausalLM.from_pretrained(tmp_path / "again")
@@ -428,6 +481,31 @@ def test_what_does_not_fit_into_memory_stays_on_disk(tmp_path, monkeypatch):
     assert_same(before, state(model))
     with torch.no_grad():
         assert model(torch.tensor([[1]])).logits.isfinite().all()
+
+
+def test_weights_that_run_elsewhere_than_they_rest():
+    fake = FakeRuntime()
+    model, plain = build(), build()
+    homes = dispatch.Homes({"": "cpu"}, torch.device("cpu"))
+    dispatch.attach(model, homes, DiskWeights(), runtimes=lambda device: fake)
+    for each in (model, plain):
+        torch.manual_seed(0)
+        each.resize_token_embeddings(120)
+    ids = torch.tensor([[3, 110]])
+    sent = len(fake.sent)
+    with torch.no_grad(), fake.watch():
+        found = model(ids).logits
+    assert torch.equal(found, plain(ids).logits) and len(fake.sent) > sent
+
+
+def test_options_of_a_placement_outlive_a_resize(tmp_path):
+    build().save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, device_map="disk")
+    held = model.__dict__["_dispatch"]
+    dispatch.attach(model, held.homes, held.store, skip_keys=iter(["past"]), whole=iter(["LlamaMLP"]))
+    model.resize_token_embeddings(120)
+    options = model.__dict__["_dispatch"].options
+    assert (options["skip_keys"], options["whole"]) == (("past",), ("LlamaMLP",))
 
 
 # -- failures ------------------------------------------------------------------------------------

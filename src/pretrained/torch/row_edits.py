@@ -223,6 +223,11 @@ def rehome(model: nn.Module, new: NewParameters, undo: Undo, *, only: str | None
         logger.info("%s now lives in memory: its new rows are in no file", ", ".join(moving))
         undo.set_item(model.__dict__, "hf_device_map", dict(device_map))
     attach(model, replace(dispatch.homes, device_map=device_map), dispatch.store, **dispatch.options)
+    for old, _ in new.values():
+        span = dispatch.store.span_of(old.data)
+        if span is not None:
+            # It was read for the new rows; who still holds it reads it from the file again.
+            span.release()
 
 
 def _put(model: nn.Module, new: NewParameters, undo: Undo) -> list[nn.Module]:
