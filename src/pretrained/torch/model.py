@@ -15,7 +15,9 @@ from pretrained.core.config_values import hints
 from pretrained.core.generation_config import GenerationConfig
 from pretrained.core.keys import KeyRule
 from pretrained.core.options import refuse
+from pretrained.core.own_code import AutoClassMixin
 from pretrained.core.push import PushToHubMixin
+from pretrained.core.registry import AUTO_CLASSES
 from pretrained.errors import ArgumentError, UnknownArgumentError
 from pretrained.torch import load, save
 from pretrained.torch.adapters_mixin import AdapterMixin
@@ -32,6 +34,7 @@ from pretrained.torch.utils_mixin import ModuleUtilsMixin
 
 
 class PreTrainedModel(
+    AutoClassMixin,
     QuantizedModelMixin,
     MappedModelMixin,
     PlacedModelMixin,
@@ -62,6 +65,7 @@ class PreTrainedModel(
 
     config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
     base_model_prefix: ClassVar[str] = ""
+    _auto_classes: ClassVar[tuple[str, ...]] = tuple(AUTO_CLASSES.values())
     main_input_name: ClassVar[str] = "input_ids"
     key_rules: ClassVar[Sequence[KeyRule]] = ()
 

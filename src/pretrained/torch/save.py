@@ -16,6 +16,7 @@ import torch
 from pretrained.core.adapter_files import ADAPTER_CONFIG, ADAPTER_STEM
 from pretrained.core.atomic_files import errors_with_mend, write_text_atomically
 from pretrained.core.disk_space import free_bytes
+from pretrained.core.own_code import own_code, write_own_code
 from pretrained.core.push import prepare_push
 from pretrained.core.weights_names import candidates
 from pretrained.core.writer import plan_shards, write_checkpoint
@@ -130,6 +131,7 @@ def save_pretrained(
         max_shard_size = sum(tensor.nbytes for tensor in weights.values()) + 1
     else:
         weights = weights_to_write(model, state_dict, save_original_format)
+    code_map, code = own_code(type(model), type(model.config))
     stem = "model" if adapter_config is None else ADAPTER_STEM
     behind = ReleaseBehind(disk_weights_of(model))
     sources = {key: _TensorSource(tensor, behind, model) for key, tensor in weights.items()}
@@ -152,6 +154,9 @@ def save_pretrained(
             folder, plan, sources, file_stem=plan.file_stem, variant=variant, write_file=write_file
         )
     if adapter_config is None:
+        write_own_code(folder, code)
+        if code_map:
+            model.config.auto_map = {**(getattr(model.config, "auto_map", None) or {}), **code_map}
         write_configs(model, folder)
     else:
         write_text_atomically(folder / ADAPTER_CONFIG, adapter_config)
