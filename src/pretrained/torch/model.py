@@ -18,6 +18,7 @@ from pretrained.core.options import refuse
 from pretrained.core.push import PushToHubMixin
 from pretrained.errors import ArgumentError, UnknownArgumentError
 from pretrained.torch import load, save
+from pretrained.torch.adapters_mixin import AdapterMixin
 from pretrained.torch.attention import check_attn_implementation
 from pretrained.torch.embeddings_mixin import EmbeddingAccessMixin
 from pretrained.torch.initialise import initialise, initialise_module
@@ -38,6 +39,7 @@ class PreTrainedModel(
     EmbeddingAccessMixin,
     ResizeMixin,
     ModuleUtilsMixin,
+    AdapterMixin,
     PushToHubMixin,
 ):
     """Base of every model.
