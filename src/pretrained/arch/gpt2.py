@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pretrained.arch.pruning import heads_kept
 from pretrained.core.config import PreTrainedConfig
 from pretrained.core.keys import Drop, KeyRule
 from pretrained.core.skeleton import Skeleton, SkeletonBuilder
@@ -98,7 +99,7 @@ class GPT2Config(PreTrainedConfig):
         Args:
             layer: Index of the block.
         """
-        return self.n_head - len(set(self.pruned_heads.get(layer, ())))
+        return len(heads_kept(self, layer))
 
     def attention_scaling(self, layer: int) -> float:
         """Return the factor on a layer's attention scores, in its own and in its cross-attention.
