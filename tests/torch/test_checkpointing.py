@@ -221,7 +221,7 @@ def test_a_cache_by_name_is_written_once(case, caplog):
     model, inputs = ready(case)
     ids_name = "decoder_input_ids" if case.kind == "seq2seq" else "input_ids"
     if case.kind == "seq2seq":
-        inputs = {**inputs, "decoder_input_ids": inputs.pop("labels").clamp(min=0)}
+        inputs["decoder_input_ids"] = inputs.pop("labels").clamp(min=0)
     else:
         inputs = {"input_ids": inputs["input_ids"]}
     length = inputs[ids_name].shape[1]

@@ -24,7 +24,8 @@ from pretrained.torch.cache import Cache
 logger = logging.getLogger(__name__)
 
 # What torch's function takes beside the layer and its inputs.
-_OPTIONS = frozenset(inspect.signature(checkpoint).parameters) - {"function", "args", "kwargs"}
+_SIGNATURE = frozenset(inspect.signature(checkpoint).parameters) - {"function", "args", "kwargs"}
+_OPTIONS = _SIGNATURE | {"preserve_rng_state"}
 
 
 @dataclass(frozen=True, slots=True)
