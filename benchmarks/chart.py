@@ -10,7 +10,8 @@ from measure import OURS, Comparison, Figure
 
 _WIDTH, _LEFT, _BAR, _GAP = 900, 190, 340, 26
 _LINE, _TITLE, _SPACE = 19, 24, 18
-_OURS, _OTHER, _RANGE, _BOUND, _QUIET = "#1f7a5c", "#a9b3bb", "#333333", "#c2410c", "#5b6670"
+_OURS, _OTHER, _RANGE, _BOUND = "#1f7a5c", "#a9b3bb", "#333333", "#c2410c"
+_HALO = 'stroke="white" stroke-width="3" paint-order="stroke"'
 # The figure that a row is about, first found first; what stands beside it in the second column.
 _SPEED = ("again_s", "total_s", "both_s", "first_class_after_torch_s", "tokens_per_s")
 _MEMORY = ("again_memory_bytes", "peak_bytes")
@@ -38,7 +39,9 @@ def draw(results: list[Comparison], file: Path) -> None:
 
 def _panel(result: Comparison, y: int, parts: list[str]) -> int:
     """Draw one row's bars from `y` down; return where the next begins."""
-    parts.append(f'<text x="10" y="{y + 14}" font-weight="bold">{escape(result.claim)}</text>')
+    claim = f'<tspan font-weight="bold">{escape(result.claim)}</tspan>'
+    aside = "" if result.is_quiet else f'<tspan fill="{_BOUND}">, measured beside other work</tspan>'
+    parts.append(f'<text x="10" y="{y + 14}">{claim}{aside}</text>')
     y += _TITLE
     columns = [name for names in (_SPEED, _MEMORY) if (name := _first(result, names))]
     for place, name in zip(_COLUMNS, columns, strict=False):
@@ -65,6 +68,7 @@ def _column(result: Comparison, name: str, place: tuple[int, int], y: int, parts
         for side, figures in result.figures.items()
     }
     bounds = _bounds(result, name, found)
+    labels: list[str] = []
     reach = max([*(figure.most for figure in found.values() if figure), *bounds]) or 1.0
     for index, (side, figure) in enumerate(found.items()):
         if figure is None:
@@ -75,12 +79,15 @@ def _column(result: Comparison, name: str, place: tuple[int, int], y: int, parts
         parts += [
             f'<rect x="{left}" y="{top}" width="{length:.1f}" height="{_LINE - 5}" fill="{colour}"/>',
             f'<path d="M{left + least:.1f} {top + 7}H{left + most:.1f}" stroke="{_RANGE}"/>',
-            f'<text x="{left + most + 6:.1f}" y="{top + 11}">{_text(name, figure)}</text>',
         ]
+        # A bound may run through the text, which then stands on white.
+        label = f'<text x="{left + most + 6:.1f}" y="{top + 11}" {_HALO}>{_text(name, figure)}</text>'
+        labels.append(label)
     for bound in bounds:
         x = left + width * bound / reach
         end = y + _LINE - 1
         parts.append(f'<path d="M{x:.1f} {y}V{end}" stroke="{_BOUND}" stroke-width="2"/>')
+    parts += labels
 
 
 def _bounds(result: Comparison, name: str, found: dict[str, Figure | None]) -> list[float]:

@@ -105,11 +105,12 @@ def measure(load: Callable[[], Any], *, again: int = 0, cold: Sequence[str] = ()
         "anon_peak_bytes": anonymous.most,
         "before_bytes": before,
         "model_bytes": weights,
-        "above_model_bytes": peak - before - weights,
     }
     homes = getattr(model, "hf_device_map", {})
     if "disk" in homes.values():
         figures["disk_bytes"] = disk_bytes(model, homes)
+    else:
+        figures["above_model_bytes"] = peak - before - weights
     if again:
         figures |= _again(model, again, cold, before)
     print(json.dumps(figures))

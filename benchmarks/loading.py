@@ -54,7 +54,8 @@ class Setting:
     """What the rows are measured on: the checkpoint, and how often."""
 
     folder: Path
-    is_quick: bool
+    is_quick: bool = False
+    runs: int | None = None
 
     @property
     def files(self) -> list[Path]:
@@ -111,8 +112,8 @@ class Setting:
 
     @property
     def often(self) -> dict[str, int]:
-        """Counted rounds and others."""
-        return {"runs": 3, "warmups": 1} if self.is_quick else {"runs": 5, "warmups": 1}
+        """Counted rounds, and one before them that is not."""
+        return {"runs": self.runs or (3 if self.is_quick else 5), "warmups": 1}
 
 
 def load_warm(at: Setting) -> Comparison:
@@ -193,14 +194,15 @@ def disk_offload(at: Setting) -> Comparison:
         Target("a forward at most 1.5x of all in RAM", "again_s", most=1.5, against=_IN_RAM),
         Target("memory inside the budget", "again_memory_bytes", most=at.budget),
     ]
-    claim = f"Forward of {at.size} with {at.budget / _GB:.2g} GB in RAM, the rest on disk, warm"
+    claim = f"Forward of {at.size}, {at.budget / _GB:.2g} GB in RAM and the rest on disk, warm"
     return compare(claim, sides, targets, **at.often)
 
 
 def limited_memory(at: Setting) -> Comparison:
     """The same in a group of processes whose memory is limited, files cold."""
     limit = int(0.4 * _GB + 2.1 * _GB * at.share)
-    claim = f"The same in a memory group of {limit / _GB:.2g} GB, cold"
+    budgets = f"{at.budget / _GB:.2g} GB in RAM, in a memory group of {limit / _GB:.2g} GB"
+    claim = f"Forward of {at.size}, {budgets}, cold"
     within = limited(limit)
     if within is None:
         return Comparison(claim, note="Not measured: no memory group can be made on this machine.")
@@ -260,15 +262,18 @@ CASES: dict[str, Callable[[Setting], Comparison]] = {
 }
 
 
-def run(only: list[str] | None = None, *, is_quick: bool = False) -> list[Comparison]:
+def run(
+    only: list[str] | None = None, *, is_quick: bool = False, runs: int | None = None
+) -> list[Comparison]:
     """Measure rows.
 
     Args:
         only: Names out of `CASES`; None or none for all.
         is_quick: With a checkpoint of 1 GB and fewer rounds.
+        runs: Rounds that count; None for 5, or 3 where quick.
     """
     unknown = sorted(set(only or ()) - set(CASES))
     if unknown:
         raise SystemExit(f"no such row: {', '.join(unknown)}; there are {', '.join(CASES)}")
-    at = Setting(checkpoint(QUICK_LAYERS if is_quick else LAYERS), is_quick)
+    at = Setting(checkpoint(QUICK_LAYERS if is_quick else LAYERS), is_quick, runs)
     return [CASES[name](at) for name in only or CASES]

@@ -2,19 +2,23 @@
 """Run implementations in turn, each time in a fresh process, and keep medians and spreads.
 
 A benchmark's script holds a small program for each side. A program prints one JSON object; its numbers
-are the figures. The sides take turns (ours, peer, ours, peer ...), so that a machine whose speed drifts
-is unfair to all alike, and ratios are taken round by round.
+are the figures. The sides take turns, so that a machine whose speed drifts is unfair to all alike, and ratios
+are taken round by round. The order changes from round to round: what a process costs depends on the memory
+that the one before it left behind (a virtual machine may have given it back to its host), and no side may
+always come after the same one.
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -35,6 +39,10 @@ class Figure:
     median: float
     least: float
     most: float
+
+
+# Cores that others may take before it is said: the kernel's own work, such as reading ahead, is in it.
+QUIET = 0.3
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class Side:
 
     Attributes:
         program: Python source that prints a JSON object of numbers; or what makes it from the figures that
-            the sides before it have just given.
+            other sides have given last; in the first round, those before it.
         before: Called before each of its runs; makes files cold, for example.
         within: Starts the process and returns what it printed; None runs it plainly.
         may_fail: Whether a run that fails is a finding (the peer may run out of a limited memory)
@@ -102,6 +110,8 @@ class Comparison:
         failures: Side, then how it failed, for sides that may.
         runs: Rounds that count.
         measured: Date and time, UTC.
+        disturbance: Processor cores that other processes took meanwhile, on average; None where the system
+            does not say.
         note: What a reader has to know.
     """
 
@@ -112,7 +122,13 @@ class Comparison:
     failures: dict[str, str] = field(default_factory=dict)
     runs: int = 0
     measured: str = ""
+    disturbance: float | None = None
     note: str = ""
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether the machine had next to nothing else to do."""
+        return self.disturbance is None or self.disturbance <= QUIET
 
 
 def compare(
@@ -137,16 +153,23 @@ def compare(
     sides = {name: side if isinstance(side, Side) else Side(side) for name, side in sides.items()}
     failures: dict[str, str] = {}
     rounds = []
+    last: Round = {}
+    before = _clocks()
     for index in range(warmups + runs):
         found: Round = {}
-        for name, side in sides.items():
+        for name in order(list(sides), index):
             if name not in failures:
-                found[name] = _run(side, name, found, failures)
+                found[name] = _run(sides[name], name, last | found, failures)
+        last = found
         if index >= warmups:
             rounds.append(found)
-    now = datetime.datetime.now(datetime.UTC)
     result = Comparison(
-        claim, failures=failures, runs=runs, measured=f"{now:%Y-%m-%d %H:%M}", note=" ".join(note.split())
+        claim,
+        failures=failures,
+        runs=runs,
+        measured=f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}",
+        disturbance=_disturbance(before, _clocks()),
+        note=" ".join(note.split()),
     )
     names = [name for name in sides if name not in failures]
     for name in names:
@@ -159,6 +182,18 @@ def compare(
                 result.ratios[name] = {key: _ratio(rounds, key, name, key) for key in shared}
     result.verdicts = [_verdict(target, result, rounds) for target in targets]
     return result
+
+
+def order(names: list[str], index: int) -> list[str]:
+    """Return the order of the sides in a round; the first round's is the one given.
+
+    Args:
+        names: The sides.
+        index: Number of the round.
+    """
+    orders = list(itertools.permutations(names))
+    # A step that shares no factor with 2, 6 or 24 comes by all of them, and by different ones soon.
+    return list(orders[7 * index % len(orders)])
 
 
 def _run(side: Side, name: str, found: Round, failures: dict[str, str]) -> dict[str, float]:
@@ -177,6 +212,27 @@ def _run(side: Side, name: str, found: Round, failures: dict[str, str]) -> dict[
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     failures[name] = "killed by the system" if killed else last[:200]
     return {}
+
+
+def _clocks() -> tuple[float, float, float] | None:
+    """Return seconds: now, of work of all processors, and of this process and those it waited for."""
+    try:
+        fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _idle, _waiting, *interrupts = (int(field) for field in fields[:8])
+    ours = os.times()
+    busy = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+    return time.monotonic(), busy, sum(ours[:4])
+
+
+def _disturbance(
+    before: tuple[float, float, float] | None, after: tuple[float, float, float] | None
+) -> float | None:
+    if before is None or after is None or after[0] - before[0] < 1:
+        return None
+    seconds, busy, ours = (late - early for early, late in zip(before, after, strict=True))
+    return round(max(0.0, busy - ours) / seconds, 2)
 
 
 def _plainly(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -213,7 +269,7 @@ def machine() -> dict[str, str]:
     names = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "gguf", "numpy")
     facts = {
         "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "cpu": _cpu(),
         "cores": str(os.cpu_count()),
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",

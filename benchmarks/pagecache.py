@@ -16,6 +16,8 @@ from pathlib import Path
 
 _PAGE = mmap.PAGESIZE
 _PIECE = 8 << 20
+# The system may take pages back while others are still being read.
+_ATTEMPTS = 4
 # Pages that another process touched in between; more than this and the files are not cold.
 MOST_RESIDENT = 0.01
 LEAST_RESIDENT = 0.99
@@ -51,18 +53,21 @@ def warm(files: Sequence[Path]) -> None:
     Raises:
         SystemExit: they do not stay there, for want of memory.
     """
-    buffer = bytearray(_PIECE)
-    for file in files:
-        if resident(file) >= LEAST_RESIDENT:
-            continue
-        with open(file, "rb", buffering=0) as stream:
-            while stream.readinto(buffer):
-                pass
+    for _ in range(_ATTEMPTS):
+        for file in files:
+            if resident(file) < 1.0:
+                _read(file)
+        if all(resident(file) >= LEAST_RESIDENT for file in files):
+            return
     left = {file.name: resident(file) for file in files}
-    if min(left.values(), default=1.0) < LEAST_RESIDENT:
-        raise SystemExit(
-            f"these files do not stay in the page cache, so nothing can be measured warm: {left}"
-        )
+    raise SystemExit(f"these files do not stay in the page cache, so nothing can be measured warm: {left}")
+
+
+def _read(file: Path) -> None:
+    buffer = bytearray(_PIECE)
+    with open(file, "rb", buffering=0) as stream:
+        while stream.readinto(buffer):
+            pass
 
 
 def resident(file: Path) -> float:

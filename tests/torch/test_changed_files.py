@@ -11,6 +11,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import torch
 from pretrained.core.file_state import FilesInUse, FileState, states_of
 from pretrained.core.files import open_checkpoint
 from pretrained.core.reader import MappedFiles
-from pretrained.errors import CheckpointError
+from pretrained.errors import CheckpointError, PretrainedError
 from pretrained.torch import load as load_module
 from pretrained.torch.models.llama import LlamaForCausalLM
 from support.checkpoints import Folder, tiny_llama
@@ -86,7 +87,7 @@ def test_a_file_that_is_not_the_one_whose_header_was_read(folder, change):
     checkpoint = open_checkpoint(folder.path)
     info = next(iter(checkpoint.tensors.values()))
     folder.weights.write_bytes(folder.weights.read_bytes()) if change is overwrite else change(folder.weights)
-    with pytest.raises(CheckpointError, match=r"changed or replaced after its header|became shorter"):
+    with pytest.raises(CheckpointError, match=r"changed or replaced after it|became shorter"):
         MappedFiles(checkpoint.states).buffer(info)
 
 
@@ -118,7 +119,7 @@ def test_a_replacement_between_header_and_map_ends_it(folder, monkeypatch):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(load_module, "plan_load", plan)
-    with pytest.raises(CheckpointError, match="changed or replaced after its header was read"):
+    with pytest.raises(CheckpointError, match="changed or replaced after it was read"):
         LlamaForCausalLM.from_pretrained(folder.path)
 
 
@@ -160,7 +161,8 @@ def test_a_model_that_runs_from_a_changed_file_refuses(folder, where, change):
     ):
         with pytest.raises(CheckpointError, match="was changed under a model that runs from it"):
             use()
-    assert not list((folder.path.parent / "out").iterdir())
+    out = folder.path.parent / "out"
+    assert not out.exists() or not list(out.iterdir())
 
 
 def test_moves_and_casts_read_the_weights_and_refuse_too(folder):
@@ -232,7 +234,7 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from pretrained.torch.models.llama import LlamaForCausalLM
-from pretrained.errors import CheckpointError
+from pretrained.errors import CheckpointError, PretrainedError
 file, where, moment = Path(sys.argv[1]), eval(sys.argv[2]), sys.argv[3]
 ids = torch.tensor([[3, 4, 5]])
 cut = lambda *_: os.truncate(file, 4096 if file.stat().st_size > 4096 else 100)
@@ -315,3 +317,98 @@ def test_a_file_cut_short_kills_nobody(wide, tmp_path, where, moment):
 )
 def test_nor_anywhere_else(wide, tmp_path, where, moment):
     check_refused(run(wide, tmp_path, MAPS[where], moment))
+
+
+# -- while somebody saves --------------------------------------------------------------------------
+
+
+def test_an_index_that_is_exchanged_during_a_load(folder, monkeypatch):
+    """Shards under the same names may be of another checkpoint then."""
+    folder.shards()
+    index = folder.path / "model.safetensors.index.json"
+    real = load_module.execute
+
+    def execute(*args, **kwargs):
+        real(*args, **kwargs)
+        new = index.with_name("new")
+        new.write_bytes(index.read_bytes())
+        os.replace(new, index)
+
+    monkeypatch.setattr(load_module, "execute", execute)
+    with pytest.raises(CheckpointError, match=r"changed or replaced after it was read .*index\.json"):
+        LlamaForCausalLM.from_pretrained(folder.path)
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"device_map": "disk"}])
+@pytest.mark.parametrize("size", ["5GB", "3KB"])
+def test_loads_beside_saves_are_of_one_checkpoint(tmp_path, size, options):
+    """Every load is the old model, the new one, or an error that says what happened."""
+    models = [tiny_llama(seed=seed) for seed in (0, 1)]
+    wanted = [
+        model.to(torch.bfloat16 if "dtype" in options else torch.float32)(IDS).logits for model in models
+    ]
+    models = [tiny_llama(seed=seed) for seed in (0, 1)]
+    models[0].save_pretrained(tmp_path / "model", max_shard_size=size)
+    stop = threading.Event()
+
+    def save():
+        turn = 0
+        while not stop.is_set():
+            turn += 1
+            models[turn % 2].save_pretrained(tmp_path / "model", max_shard_size=size)
+            stop.wait(0.05)
+
+    saver = threading.Thread(target=save)
+    saver.start()
+    found, faults = 0, []
+    try:
+        for _ in range(40):
+            try:
+                logits = LlamaForCausalLM.from_pretrained(tmp_path / "model", **options)(IDS).logits
+                assert any(torch.equal(logits, each) for each in wanted)
+                found += 1
+            except PretrainedError as error:
+                faults.append(str(error))
+    finally:
+        stop.set()
+        saver.join()
+    assert found, faults[:3]
+    assert all(str(tmp_path) in fault for fault in faults)
+
+
+# -- models inside models, and paths that move -----------------------------------------------------
+
+
+def test_parts_of_a_model_look_too(folder):
+    model = LlamaForCausalLM.from_pretrained(folder.path)
+    inner = model.model
+    touch(folder.weights)
+    for use in (lambda: inner(IDS), model.state_dict, inner.state_dict):
+        with pytest.raises(CheckpointError, match="was changed under a model"):
+            use()
+
+
+@pytest.mark.parametrize("options", [{}, {"device_map": "disk"}])
+def test_a_relative_path_means_the_same_file_later(folder, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    model = LlamaForCausalLM.from_pretrained("model", **options)
+    offloaded = LlamaForCausalLM.from_pretrained(
+        "model", dtype="bfloat16", device_map="disk", offload_folder="off"
+    )
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    model(IDS)
+    assert offloaded(IDS).logits.isfinite().all()
+    offloaded.save_pretrained(tmp_path / "saved")
+    touch(folder.weights)
+    with pytest.raises(CheckpointError, match="was changed under a model"):
+        model(IDS)
+
+
+def test_an_offload_folder_that_is_the_models_own(folder):
+    for _ in range(2):
+        model = LlamaForCausalLM.from_pretrained(
+            folder.path, dtype="bfloat16", device_map="disk", offload_folder=folder.path
+        )
+        assert torch.equal(model(IDS).logits, tiny_llama().bfloat16()(IDS).logits)
+    assert torch.equal(LlamaForCausalLM.from_pretrained(folder.path)(IDS).logits, tiny_llama()(IDS).logits)

@@ -361,7 +361,7 @@ def test_a_checkpoint_that_changes_while_it_is_converted(folder, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(offload_folder, "_write", write)
-        with pytest.raises(CheckpointError, match="changed or replaced after its header was read"):
+        with pytest.raises(CheckpointError, match="changed or replaced after it was read"):
             load(folder, tmp_path / "off")
     assert content(tmp_path / "off") == []
     assert right(load(folder, tmp_path / "off"))

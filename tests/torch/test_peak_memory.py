@@ -197,7 +197,7 @@ CASES.append(("gguf", torch.float32, BLOCKS))
 
 def check(name, found, ring):
     # The allocator's, which keeps what rounding used between, and pages of libraries touched the first time.
-    slack = ring // 2 if name.startswith("int") else 24 * MIB
+    slack = ring // 2 if name.startswith("int") else 32 * MIB
     assert found["peak"] <= found["weights"] + ring, found
     # Nothing is held twice afterwards: what the weights are, in memory or as pages of the file.
     assert found["anonymous"] + found["file"] <= found["weights"] + slack, found
@@ -215,7 +215,7 @@ def in_turn(case):
     return pytest.param(*case, marks=pytest.mark.slow if often else pytest.mark.long)
 
 
-@pytest.mark.parametrize(("kind", "stored", "targets"), map(in_turn, CASES))
+@pytest.mark.parametrize(("kind", "stored", "targets"), [in_turn(case) for case in CASES])
 def test_a_hundred_megabytes(folders, kind, stored, targets):
     """At this size what is allowed beside the weights is less, so that a second copy would show."""
     for name, found in zip(

@@ -600,6 +600,32 @@ def test_it_knows_the_capital_of_france(packed, inputs):
 
 
 @slow_and_real
+def test_in_bfloat16_it_runs_on_the_kernel(packed, inputs, smollm2_gguf, tmp_path):
+    config = {"quant_method": "gguf"}
+    model = AutoModelForCausalLM.from_pretrained(smollm2_gguf, quantization_config=config, dtype="bfloat16")
+    if kernel_block() is not None:
+        assert model.get_memory_footprint() > 1.8 * packed.get_memory_footprint()
+        assert all(leaf.hidden_nbytes for leaf in quantized_leaves(model).values() if hasattr(leaf, "bias"))
+    plain = AutoModelForCausalLM.from_pretrained(smollm2_gguf, dtype="bfloat16")
+    with torch.no_grad():
+        want = packed(**inputs[1]).logits
+        assert (
+            distance(model(**inputs[1]).logits, want) < 1.5 * distance(plain(**inputs[1]).logits, want) + 0.01
+        )
+    tokenizer, ids = inputs
+    output = model.generate(**ids, max_new_tokens=8, do_sample=False)
+    assert "Paris" in tokenizer.decode(output[0, ids["input_ids"].shape[1] :])
+    model.save_pretrained(tmp_path / "kernel")
+    packed.save_pretrained(tmp_path / "exact")
+    for file in (tmp_path / "exact").glob("*.safetensors"):
+        # Norms are saved in the model's dtype.
+        assert abs((tmp_path / "kernel" / file.name).stat().st_size - file.stat().st_size) < 200_000
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "kernel", dtype="bfloat16")
+    with torch.no_grad():
+        assert torch.equal(again(**inputs[1]).logits, model(**inputs[1]).logits)
+
+
+@slow_and_real
 def test_it_is_saved_and_comes_back(packed, inputs, tmp_path):
     packed.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)

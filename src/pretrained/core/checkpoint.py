@@ -56,7 +56,7 @@ class Checkpoint:
         framework: Who wrote it: ``"pt"``, ``"tf"``, ``"flax"``, ``"mlx"``, or None where the file
             does not say.
         metadata: The files' own metadata; for GGUF its typed key-value section.
-        states: What the files were like when their headers were read.
+        states: What the files, and the index that names them, were like when they were read.
     """
 
     tensors: Mapping[str, TensorInfo]

@@ -70,7 +70,8 @@ class FilesInUse:
     """
 
     def __init__(self, states: Mapping[Path, FileState]) -> None:
-        self._states = tuple((str(file), state) for file, state in states.items())
+        # A relative path would mean another file once the process changes its folder.
+        self._states = tuple((os.path.abspath(file), state) for file, state in states.items())
 
     def __bool__(self) -> bool:
         return bool(self._states)
@@ -100,6 +101,26 @@ class FilesInUse:
                 raise changed(file, state.size, now.st_size, when)
 
 
+def check_load(states: Mapping[Path, FileState], files: Iterable[Path]) -> None:
+    """Raise where what was loaded may be of two checkpoints; the last thing that a load does.
+
+    Each file is held against its header when it is mapped. An index must be the same to the end: a save that
+    replaces shards under names that the old index uses replaces the index first.
+
+    Args:
+        states: What the files and the index were like when they were read.
+        files: Which of them hold weights.
+
+    Raises:
+        CheckpointError: a file was changed in place, or the index replaced.
+    """
+    FilesInUse(states).check("while it was being loaded")
+    weights = set(files)
+    for file, state in states.items():
+        if file not in weights and states_of([file]).get(file) != state:
+            raise replaced(file)
+
+
 def changed(file: object, before: int, now: int, when: str) -> CheckpointError:
     """Return the error for a weights file that was changed in place.
 
@@ -120,13 +141,13 @@ def changed(file: object, before: int, now: int, when: str) -> CheckpointError:
 
 
 def replaced(file: object) -> CheckpointError:
-    """Return the error for a weights file that became another one between its header and its map.
+    """Return the error for a file that became another one while the checkpoint was loaded.
 
     Args:
         file: Its path.
     """
     return CheckpointError(
-        "A weights file was changed or replaced after its header was read",
+        "A file of this checkpoint was changed or replaced after it was read",
         where=file,
         mend="Something else writes to this checkpoint. Load the model again once that is done.",
     )

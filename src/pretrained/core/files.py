@@ -21,11 +21,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from pretrained.core.checkpoint import Checkpoint, TensorInfo
-from pretrained.core.file_state import states_of
+from pretrained.core.file_state import FileState, states_of
 from pretrained.core.gguf import read_gguf
 from pretrained.core.safetensors_file import read_safetensors_header
 from pretrained.core.torch_pickle import read_torch_checkpoint
-from pretrained.core.untrusted import DOWNLOAD_AGAIN, describe_start, open_regular, parse_json_object, read_at
+from pretrained.core.untrusted import (
+    DOWNLOAD_AGAIN,
+    describe_start,
+    fault_of,
+    open_regular,
+    parse_json_object,
+    read_at,
+)
 from pretrained.core.weights_names import INDEX_NAME, candidates, choose_weights, few
 from pretrained.errors import ArgumentError, CheckpointError, FileError
 
@@ -77,6 +84,7 @@ class WeightsFiles:
         index: The index that names them, or None.
         weights_index: Its content, or None.
         passed_over: An index that was not used because one file holds everything.
+        index_state: What the index was like before it was read.
     """
 
     format: str
@@ -84,6 +92,7 @@ class WeightsFiles:
     index: Path | None = None
     weights_index: WeightsIndex | None = field(default=None, repr=False)
     passed_over: Path | None = None
+    index_state: FileState | None = field(default=None, repr=False)
 
 
 def find_weights(
@@ -107,7 +116,7 @@ def find_weights(
         CheckpointError: the index is malformed, leaves the folder, or names a file that is not there.
     """
     try:
-        names = {entry.name for entry in os.scandir(folder) if not entry.is_dir()}
+        names = {entry.name for entry in os.scandir(folder) if not os.path.isdir(entry.path)}
     except OSError as error:
         raise FileError(
             "The folder cannot be read", where=folder, found=str(error), mend="Check the path."
@@ -164,6 +173,8 @@ def open_checkpoint(weights: WeightsFiles | Path) -> Checkpoint:
     states = states_of(file for part in parts for file in part.files) | states
     if weights.index is None or weights.weights_index is None:
         return replace(parts[0], states=states)
+    if weights.index_state is not None:
+        states = {**states, weights.index: weights.index_state}
     tensors = _merge_tensors(parts)
     _check_against_index(tensors, weights.weights_index, index=weights.index)
     return Checkpoint(
@@ -230,13 +241,14 @@ def _from_file(file: Path) -> WeightsFiles:
 
 
 def _from_index(index: Path) -> WeightsFiles:
+    state = states_of([index]).get(index)
     content = read_index(index)
     formats = {_FORMATS.get(Path(name).suffix) for name in content.files}
     if len(formats) != 1 or None in formats:
         raise _malformed(index, "files that all end in .safetensors or all in .bin", few(content.files))
     (kind,) = formats
     files = tuple(_shard(index, name) for name in content.files)
-    return WeightsFiles(str(kind), files, index, content)
+    return WeightsFiles(str(kind), files, index, content, index_state=state)
 
 
 def _format(file: Path) -> str:
@@ -275,10 +287,9 @@ def _check_inside(gguf_file: str) -> None:
 def _shard(index: Path, name: str) -> Path:
     """Return the path of a file that an index names, having checked that it may be used."""
     file, folder = index.parent / name, index.parent.resolve()
-    if not file.is_file():
-        fault = "is a link that leads nowhere" if file.is_symlink() else "does not exist"
+    if not os.path.isfile(file):
         raise CheckpointError(
-            f"The weights index names the file {name!r}, which {fault}",
+            f"The weights index names the file {name!r}, which {fault_of(file)}",
             where=index,
             mend="The download or copy is incomplete: fetch or copy that file as well.",
         )

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from pretrained.core.untrusted import fault_of
 from pretrained.core.weights_names import INDEX_NAME, choose_weights, few
 from pretrained.errors import ArgumentError, CheckpointError, FileError, did_you_mean
 
@@ -123,7 +124,7 @@ class Source:
         _check_inside(name, "file name")
         if self.names is not None and name in self.names:
             return self._fetch(name)
-        if self.names is None and (self.folder / name).is_file():
+        if self.names is None and os.path.isfile(self.folder / name):
             return self.folder / name
         if not required:
             return None
@@ -194,6 +195,13 @@ class Source:
         return f"{self.name!r}, revision {self.options.revision!r}{sub}"
 
     def _missing(self, name: str) -> FileError:
+        if self.names is None and (fault := fault_of(self.folder / name)) != "does not exist":
+            return FileError(
+                f"{name} {fault}",
+                where=self.folder,
+                expected="a file",
+                mend="Check its permissions." if "reached" in fault else "Put the file itself there.",
+            )
         names = self.listing()
         elsewhere = sorted(n for n in names if PurePosixPath(n).name == name)
         ggufs = sorted(n for n in names if n.endswith(".gguf"))
@@ -265,7 +273,16 @@ def _resolve_folder(path: Path, options: HubOptions) -> Source:
         raise FileError(
             f"The folder has no subfolder {options.subfolder!r}", where=path.absolute(), mend=near or None
         )
-    if not any(folder.iterdir()):
+    try:
+        is_empty = not any(folder.iterdir())
+    except OSError as error:
+        raise FileError(
+            "The folder cannot be read",
+            where=folder.absolute(),
+            found=str(error),
+            mend="Check its permissions.",
+        ) from error
+    if is_empty:
         raise FileError(
             "The folder is empty",
             where=folder.absolute(),
@@ -288,6 +305,9 @@ def _no_such_path(text: str, path: Path) -> FileError:
     parent = path.parent
     while not parent.is_dir() and parent != parent.parent:
         parent = parent.parent
+    fault = fault_of(path)
+    if parent == path.parent and fault != "does not exist":
+        return FileError(f"This {fault}", where=path, expected="a file or a folder", mend="Check the path.")
     missing = path.relative_to(parent).parts[0]
     near = did_you_mean(missing, (p.name for p in _peek(parent)))
     if parent != path.parent:
@@ -333,8 +353,8 @@ def _check_inside(name: str, what: str) -> None:
 def _listing(folder: Path) -> list[str]:
     # Two levels only: a user may point at a folder that holds half the disk.
     top = _peek(folder)
-    inner = [path for sub in top if sub.is_dir() for path in _peek(sub)]
-    return [path.relative_to(folder).as_posix() for path in top + inner if path.is_file()]
+    inner = [path for sub in top if os.path.isdir(sub) for path in _peek(sub)]
+    return [path.relative_to(folder).as_posix() for path in top + inner if os.path.isfile(path)]
 
 
 def _near_local(name: str) -> str:

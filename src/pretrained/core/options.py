@@ -72,6 +72,10 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "output_loading_info": _TRUE_OR_FALSE,
     "attn_implementation": ((str,), "the name of an attention implementation"),
     "disable_mmap": _TRUE_OR_FALSE,
+    "load_in_8bit": _TRUE_OR_FALSE,
+    "load_in_4bit": _TRUE_OR_FALSE,
+    "offload_folder": ((str, os.PathLike), "the path of a folder"),
+    "offload_buffers": _TRUE_OR_FALSE,
     "progress": ((bool, Callable), "True, False, or a function of (bytes, total, stage)"),  # type: ignore[dict-item]
     "revision": ((str,), "a branch, tag or commit"),
     "subfolder": ((str, os.PathLike), "the name of a folder"),

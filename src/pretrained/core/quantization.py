@@ -373,7 +373,7 @@ def _unknown_method(method: Any) -> ArgumentError | NotYetError:
         where="quantization_config.quant_method",
         expected=" or ".join(repr(name) for name in METHODS),
         found=repr(method),
-        mend=did_you_mean(str(method), METHODS) or None,
+        mend=did_you_mean(str(method), (*METHODS, *READ_METHODS, *_FOREIGN)) or None,
     )
 
 

@@ -58,11 +58,12 @@ class MappedFiles:
         expected: What files were like when their headers were read, to refuse those that are not any more.
 
     Attributes:
+        expected: As given.
         states: What files were like when they were mapped.
     """
 
     def __init__(self, expected: Mapping[Path, FileState] | None = None) -> None:
-        self._expected = expected or {}
+        self.expected = expected or {}
         self.states: dict[Path, FileState] = {}
         # None stands for a file that cannot be mapped.
         self._maps: dict[Path, memoryview | None] = {}
@@ -104,7 +105,7 @@ class MappedFiles:
             if file not in self._maps:
                 with open_regular(file) as (opened, size):
                     state = FileState.of(opened.fileno())
-                    expected = self._expected.get(file, state)
+                    expected = self.expected.get(file, state)
                     # One that has become too short is told by the tensor that it lacks.
                     if state != expected and size >= expected.size:
                         raise replaced(file)
@@ -121,6 +122,14 @@ class MappedFiles:
             file: A file that was asked for.
         """
         return self._maps.get(file) is not None
+
+    def was_refused(self, file: Path) -> bool:
+        """Tell whether a file was asked for and cannot be mapped.
+
+        Args:
+            file: Any file.
+        """
+        return self._maps.get(file, memoryview(b"")) is None
 
     def release(self, info: TensorInfo, start: int = 0, end: int | None = None) -> None:
         """Let the system take back the pages of bytes that have been copied and are not needed again.

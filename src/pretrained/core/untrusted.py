@@ -33,6 +33,21 @@ _SIGNATURES: Final[tuple[tuple[bytes, str], ...]] = (
 )
 
 
+def fault_of(path: Path) -> str:
+    """Say what keeps a path from being a plain file, to go behind "which".
+
+    Args:
+        path: What is no plain file.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return "is a link that leads nowhere" if os.path.islink(path) else "does not exist"
+    except (OSError, ValueError) as error:
+        return f"cannot be reached ({getattr(error, 'strerror', None) or error})"
+    return "is a folder" if stat.S_ISDIR(mode) else "is neither a file nor a folder"
+
+
 @contextmanager
 def open_regular(file: Path) -> Iterator[tuple[BinaryIO, int]]:
     """Open a plain file for reading.

@@ -20,9 +20,10 @@ from torch import nn
 
 from pretrained.core.budgets import DISK, available_host_memory
 from pretrained.core.checkpoint import Checkpoint, TensorInfo
+from pretrained.core.collector import no_collection
 from pretrained.core.config import PreTrainedConfig
 from pretrained.core.dtypes import DTYPES, floating_dtype_name
-from pretrained.core.file_state import FilesInUse
+from pretrained.core.file_state import check_load
 from pretrained.core.keys import KeyRule
 from pretrained.core.options import LoadOptions, unknown_argument
 from pretrained.core.plan import LoadPlan, LoadPolicy, LoadStep, check_depth, plan_load
@@ -49,7 +50,7 @@ from pretrained.torch.load_sources import (
     read_generation_config,
     read_model_config,
 )
-from pretrained.torch.mapped_mixin import files_in_use
+from pretrained.torch.mapped_mixin import watch_files
 from pretrained.torch.offload import DiskWeights
 from pretrained.torch.place import (
     blocks_of,
@@ -79,6 +80,8 @@ DEFAULT_DTYPE = "float32"
 Model = TypeVar("Model", bound=Any)
 
 
+# Tensors made in inference mode could never be trained, nor used with any that are.
+@torch.inference_mode(False)
 def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: Any, **kwargs: Any) -> Any:
     """Load a model; `PreTrainedModel.from_pretrained` documents the arguments.
 
@@ -127,10 +130,11 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     else:
         plan = execute_placed(model, plan, skeleton, read, files, options, dtype, quantizer)
     # What was changed while it was read is not trusted, wherever its weights went.
-    FilesInUse(states).check("while it was being loaded")
+    check_load(states, checkpoint.files)
     config.dtype = dtype_name_of(model.dtype)
     model._checkpoint_names = dict(plan.renamed)
-    model._files_in_use = None if files is None or options.disable_mmap else files_in_use(model, plan, files)
+    if files is not None and not options.disable_mmap:
+        watch_files(model, plan, files, states)
     quantizer.finish(model)
     model.eval()
     if options.device_map is not None and device is not None:
@@ -153,6 +157,7 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     return (model, report.loading_info()) if options.output_loading_info else model
 
 
+@torch.inference_mode(False)
 def from_config(
     cls: type[Model],
     config: PreTrainedConfig,
@@ -200,7 +205,7 @@ def build_empty(cls: type[Model], config: PreTrainedConfig, *args: Any, **kwargs
     """
     _check_arguments(cls, config, args, kwargs)
     try:
-        with no_memory():
+        with no_memory(), no_collection():
             return cls(config, *args, **kwargs)
     except ConfigError as error:
         if config.name_or_path and config.name_or_path not in str(error.where):
@@ -382,7 +387,7 @@ def execute_placed(
             mend="Leave disable_mmap out, or place everything on devices and 'cpu'.",
         )
     quantizer.check_homes(homes.device_map.values())
-    buffers, store = buffers_of(model), DiskWeights()
+    buffers, store = buffers_of(model), DiskWeights(None if files is None else files.expected)
     folder = options.offload_folder
     new = check_new(plan, homes, buffers, folder)
     placed = on_disk(plan, homes, buffers, store, read, folder, quantizer, quantized)

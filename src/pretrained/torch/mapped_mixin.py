@@ -8,13 +8,14 @@ compiled graph nothing is looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from pretrained.core.file_state import FilesInUse
+from pretrained.core.file_state import FilesInUse, FileState
 from pretrained.core.plan import LoadPlan
 from pretrained.core.reader import MappedFiles
 from pretrained.torch.offload import is_mappable
@@ -33,6 +34,15 @@ class MappedModelMixin:
         if not torch.compiler.is_compiling():
             check_files(self)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the weights by name.
+
+        Raises:
+            CheckpointError: as for a call.
+        """
+        check_files(self)
+        return super().state_dict(*args, **kwargs)  # type: ignore[misc]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """Do what `to`, `half` and the like ask for; files that no weight looks at any more are let go.
@@ -66,24 +76,31 @@ def check_files(model: Any) -> None:
         in_use.check()
 
 
-def files_in_use(model: nn.Module, plan: LoadPlan, files: MappedFiles) -> FilesInUse | None:
-    """Return the files that a loaded model's weights are views of, or None where there are none.
+def watch_files(
+    model: nn.Module, plan: LoadPlan, files: MappedFiles, states: Mapping[Path, FileState]
+) -> None:
+    """Make a loaded model look at the files that its weights are views of, and the models inside it too.
 
     Args:
         model: Loaded.
         plan: How it was filled.
         files: What was mapped.
+        states: What the files were like when their headers were read.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     used = set()
     for step in plan.steps:
-        tensor = tensors.get(step.key)
+        tensor, file = tensors.get(step.key), step.source.file
         stays = (
             tensor is not None and tensor.device.type == "cpu" and tensor.dtype == TORCH_DTYPES[step.dtype]
         )
-        if stays and step.source.file in files.states and is_mappable(step):
-            used.add(step.source.file)
-    return FilesInUse({file: files.states[file] for file in used}) if used else None
+        if stays and file in states and not files.was_refused(file) and is_mappable(step):
+            used.add(file)
+    if used:
+        in_use = FilesInUse({file: states[file] for file in used})
+        for module in model.modules():
+            if isinstance(module, MappedModelMixin):
+                module.__dict__["_files_in_use"] = in_use
 
 
 def _addresses(model: Any) -> set[int]:

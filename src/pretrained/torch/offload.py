@@ -22,7 +22,7 @@ import os
 import struct
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from pretrained.core.checkpoint import TensorInfo
-from pretrained.core.file_state import changed
+from pretrained.core.file_state import FileState, changed
 from pretrained.core.plan import LoadStep
 from pretrained.core.reader import MappedFiles, release_pages
 from pretrained.errors import ArgumentError, FileError, PlacementError
@@ -123,6 +123,22 @@ class Span:
         release_pages(self._first, self._length)
 
 
+def release_clean(tensor: torch.Tensor) -> None:
+    """Give back the pages of a tensor that are a file's own, if none was written to.
+
+    The next access reads them again. Memory of other kinds stays, and so does everything where the system
+    does not tell the kinds apart.
+
+    Args:
+        tensor: Contiguous, on the CPU.
+    """
+    address = tensor.data_ptr()
+    first = -(-address // PAGE) * PAGE
+    length = max(0, (address + tensor.nbytes) // PAGE * PAGE - first)
+    if length and _CAN_RELEASE and Path(_PAGEMAP).exists() and not _edited(first, length, tensor):
+        release_pages(first, length)
+
+
 def _edited(address: int, length: int, tensor: torch.Tensor) -> bool:
     """Tell whether any page was written to, and is a private copy now."""
     try:
@@ -152,10 +168,14 @@ def _scan(pagemap: int, address: int, length: int) -> bool:
 
 
 class DiskWeights:
-    """The weights of one model that live on disk. Dropping the last tensor undoes the maps."""
+    """The weights of one model that live on disk. Dropping the last tensor undoes the maps.
 
-    def __init__(self) -> None:
-        self._maps = MappedFiles()
+    Args:
+        expected: As for `MappedFiles`.
+    """
+
+    def __init__(self, expected: Mapping[Path, FileState] | None = None) -> None:
+        self._maps = MappedFiles(expected)
         self._files: dict[Path, WatchedFile] = {}
         self._spans: dict[int, Span] = {}
         self._cleanups: list[weakref.finalize[..., Any]] = []

@@ -200,9 +200,9 @@ def on_disk(
 
     if read is None:
         errors = None if quantizer is None else quantizer.errors
-        copies = transformed(Path(folder), left, make, forms, errors)
+        copies = transformed(_absolute(folder), left, make, forms, errors)
     else:
-        copies = converted_from_memory(Path(folder), left, make, forms, store)
+        copies = converted_from_memory(_absolute(folder), left, make, forms, store)
     moved = {step.key for step in left}
     steps = [step for step in plan.steps if step.key not in moved]
     steps += [LoadStep(key, info, info.dtype) for key, info in copies.items()]
@@ -257,7 +257,7 @@ def write_new(model: nn.Module, keys: Iterable[str], store: DiskWeights, folder:
         module = model.get_submodule(path)
         slots[key] = (module._parameters if name in module._parameters else module._buffers, name)
     tensors = {key: table[name].detach() for key, (table, name) in slots.items()}
-    for key, info in written_from_memory(Path(folder), tensors, store).items():
+    for key, info in written_from_memory(_absolute(folder), tensors, store).items():
         table, name = slots[key]
         tensor = store.tensor(info)
         is_parameter = isinstance(table[name], nn.Parameter)
@@ -309,3 +309,8 @@ def budgets_listed(budgets: Budgets) -> dict[Home, int]:
         budgets: As from `free_memory`.
     """
     return {home: size for home, size in budgets.items() if size is not None}
+
+
+def _absolute(folder: str | Path) -> Path:
+    """Return an offload folder's path, which must mean the same after the process changes its own folder."""
+    return Path(folder).expanduser().absolute()

@@ -16,14 +16,12 @@ from pretrained.core.quantization import QuantizationConfig, names_module
 from pretrained.errors import ArgumentError
 from pretrained.torch.nn import Conv1D
 from pretrained.torch.quantized import (
-    GgufEmbedding,
-    GgufLeaf,
-    GgufLinear,
     IntegerLeaf,
     QuantizedEmbedding,
     QuantizedLeaf,
     QuantizedLinear,
 )
+from pretrained.torch.quantized_blocks import GgufEmbedding, GgufLeaf, GgufLinear
 from pretrained.torch.stored_leaf import StoredLeaf
 
 logger = logging.getLogger(__name__)
@@ -276,7 +274,7 @@ def use_kernel_layouts(model: nn.Module) -> None:
             are made ready at each call.
     """
     for leaf in quantized_leaves(model).values():
-        if not isinstance(leaf, IntegerLeaf) or leaf.weight.is_meta:
+        if not isinstance(leaf, IntegerLeaf | GgufLinear) or leaf.weight.is_meta:
             continue
         if leaf._forward_pre_hooks:
             leaf.lay_out_at_call()

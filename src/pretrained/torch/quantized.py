@@ -24,14 +24,13 @@ from pretrained.torch import quantized_cuda
 from pretrained.torch.empty import no_memory
 from pretrained.torch.nn import Conv1D
 from pretrained.torch.quantized_ops import (
+    CUDA_KERNEL_ROWS,
     KERNEL_ROWS,
     Dense,
     QuantizedMatmul,
-    dequantize_blocks,
     from_kernel_layout,
     kernel_block,
     linear_by_tiles,
-    row_bytes,
     tiles,
     to_kernel_layout,
     unpack_nibbles,
@@ -44,7 +43,7 @@ from pretrained.torch.tensors import TORCH_DTYPES
 _INT8_COLUMNS = 32
 _INT8_ALIGNMENT = 16
 # What int4pack packs at a time, and the groups that it knows.
-_INT4_ROWS = 16
+INT4_ROWS = 16
 _INT4_GROUPS = (256, 128, 64, 32)
 
 
@@ -180,7 +179,7 @@ class IntegerLeaf(QuantizedLeaf):
             ("weight_order", packed.order),
         ):
             if tensor is not None:
-                self._parameters[name] = _fixed(tensor)
+                self._parameters[name] = fixed(tensor)
 
     def rows(self, part: Any, dtype: torch.dtype) -> torch.Tensor:
         """Return rows of the weight, dequantized in `dtype`."""
@@ -222,7 +221,7 @@ class IntegerLeaf(QuantizedLeaf):
         """Tell whether a CPU keeps the weight in the layout of its 4-bit kernel."""
         if self.form.bits != 4 or self.form.compute_dtype == "float32":
             return False
-        is_whole = self.shape[0] % _INT4_ROWS == 0 and self._kernel_group() is not None
+        is_whole = self.shape[0] % INT4_ROWS == 0 and self._kernel_group() is not None
         return is_whole and kernel_block() is not None
 
     def use_kernel_layout(self) -> bool:
@@ -246,11 +245,11 @@ class IntegerLeaf(QuantizedLeaf):
             return True
         weight, scales = self._laid_out()
         is_shared = scales.shape[0] == self.weight_scale.shape[1] and self._shares_scales()
-        self._parameters["weight"] = _fixed(weight)
+        self._parameters["weight"] = fixed(weight)
         if is_shared:
-            self._parameters["weight_scale"] = _fixed(scales[..., 0].t())
+            self._parameters["weight_scale"] = fixed(scales[..., 0].t())
             if self.weight_zero is not None:
-                self._parameters["weight_zero"] = _fixed(scales[..., 1].t())
+                self._parameters["weight_zero"] = fixed(scales[..., 1].t())
         self._scales = scales
         return True
 
@@ -317,7 +316,7 @@ class IntegerLeaf(QuantizedLeaf):
         tensors = self.stored()
         self._scales = None
         for name, tensor in tensors.items():
-            self._parameters[name] = _fixed(tensor)
+            self._parameters[name] = fixed(tensor)
 
     def stored(self) -> dict[str, torch.Tensor]:
         """Return the tensors by name in the stored form; views where nothing needs to be undone."""
@@ -328,6 +327,11 @@ class IntegerLeaf(QuantizedLeaf):
             tensors["weight"] = (pairs | (pairs >> 4)).to(torch.uint8)
             tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         return tensors
+
+    @property
+    def kernel_nbytes(self) -> int:
+        """Bytes of what the packed kernel reads."""
+        return self.weight.nbytes + (0 if self._scales is None else self._scales.nbytes)
 
     @property
     def hidden_nbytes(self) -> int:
@@ -393,7 +397,7 @@ class QuantizedLinear(IntegerLeaf, Dense):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer to the last axis; the result has the dtype of `x`."""
-        return _apply_dense(self, x, self.bias)
+        return apply_dense(self, x, self.bias)
 
     def kernel(self, x: torch.Tensor) -> str | None:
         """Return the packed kernel for an input, or None for the reference; the one place that decides.
@@ -403,7 +407,7 @@ class QuantizedLinear(IntegerLeaf, Dense):
         """
         if (
             x.device.type not in ("cpu", "cuda")
-            or len(x) > KERNEL_ROWS
+            or len(x) > (KERNEL_ROWS[self.form.bits] if x.device.type == "cpu" else CUDA_KERNEL_ROWS)
             or self.compute_dtype(x) != torch.bfloat16
         ):
             return None
@@ -431,9 +435,12 @@ class QuantizedLinear(IntegerLeaf, Dense):
         if kernel is not None and self.weight_order is not None:
             inner = inner[:, self.weight_order]
         if kernel == "int8pack":
-            result = torch._weight_int8pack_mm(inner.contiguous(), *self._laid_out())
+            ready: tuple[torch.Tensor, torch.Tensor] = (self.weight.detach(), self.weight_scale.detach())
+            if self._lays_out_at_call or self.weight_scale.dtype != torch.bfloat16:
+                ready = self._laid_out()
+            result = torch._weight_int8pack_mm(inner.contiguous(), *ready)
         elif kernel == "int4pack":
-            weight, scales = self._laid_out()
+            weight, scales = (self.weight, self._scales) if self._scales is not None else self._laid_out()
             group = self.in_features // scales.shape[0]
             if x.device.type == "cuda":
                 result = quantized_cuda.multiply(inner, weight, group, scales)
@@ -487,143 +494,33 @@ class QuantizedEmbedding(IntegerLeaf):
 
     def plain(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return an embedding with the dequantized weight."""
-        return _plain_embedding(self, self.padding_idx, dtype)
-
-
-class GgufLeaf(QuantizedLeaf):
-    """Rows of GGML's blocks, as they lie in the file; usually a view of the mapped file itself.
-
-    Llama's converter stores the rows of two projections in another order than the model has them. `weight`
-    then keeps the file's order, so that it can stay the file's own pages; rows are put in order when they are
-    decoded, and in state dicts.
-
-    Args:
-        shape: (out, in).
-        block_type: GGML's name.
-        dtype: As `QuantizedLeaf.logical_dtype`.
-    """
-
-    weight: nn.Parameter
-
-    def __init__(self, shape: tuple[int, int], block_type: str, dtype: torch.dtype) -> None:
-        super().__init__(shape, block_type, dtype)
-        self._fixed("weight", (shape[0], row_bytes(block_type, shape[1])), torch.uint8)
-        # Where in `weight` each row of the model lies; None where all are in order.
-        self._order: torch.Tensor | None = None
-
-    def rows(self, part: Any, dtype: torch.dtype) -> torch.Tensor:
-        """Return rows of the weight, decoded as GGML does."""
-        where = part.reshape(-1) if isinstance(part, torch.Tensor) else part
-        if self._order is not None:
-            where = self._order[where]
-        values = dequantize_blocks(self.weight[where], self.scheme, self.shape[1]).to(dtype)
-        return values.view(*part.shape, -1) if isinstance(part, torch.Tensor) else values
-
-    def lies_in_order(self, order: torch.Tensor) -> None:
-        """Note that the rows of `weight` lie in another order than the model's.
-
-        Args:
-            order: int64 [out], for each of the model's rows where it lies.
-        """
-        self._order = order
-
-    def use_stored_layout(self) -> None:
-        """Put the rows in order, in memory of their own where they are not."""
-        if self._order is not None:
-            self.weight = _fixed(self.weight.detach()[self._order])
-            self._order = None
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._order is not None:
-            destination[f"{prefix}weight"] = self.weight.detach()[self._order]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.use_stored_layout()
-        super()._load_from_state_dict(*args, **kwargs)
-
-
-class GgufLinear(GgufLeaf, Dense):
-    """A dense layer on GGML's blocks.
-
-    Args:
-        in_features: Columns of the weight.
-        out_features: Its rows.
-        block_type: GGML's name.
-        bias: Whether there is one.
-        dtype: As `QuantizedLeaf.logical_dtype`.
-        transposed: Whether a `Conv1D` stood here, for `plain`.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        block_type: str,
-        *,
-        bias: bool = True,
-        dtype: torch.dtype = torch.float32,
-        transposed: bool = False,
-    ) -> None:
-        super().__init__((out_features, in_features), block_type, dtype)
-        self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the layer to the last axis; the result has the dtype of `x`."""
-        return _apply_dense(self, x, self.bias)
-
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x @ weight.T``, [rows, out], the weight decoded tile by tile."""
-        return linear_by_tiles(x, self)
-
-    def plain(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """Return a dense layer (or `Conv1D`) with the decoded weight."""
-        return plain_dense(self, self.bias, self.transposed, dtype)
-
-
-class GgufEmbedding(GgufLeaf):
-    """An embedding on GGML's blocks; rows are decoded when they are looked up.
-
-    Args:
-        num_embeddings: Rows.
-        embedding_dim: Columns.
-        block_type: GGML's name.
-        dtype: Of what a lookup returns.
-        padding_idx: As torch's, for `plain`.
-    """
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        block_type: str,
-        *,
-        dtype: torch.dtype = torch.float32,
-        padding_idx: int | None = None,
-    ) -> None:
-        super().__init__((num_embeddings, embedding_dim), block_type, dtype)
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx = padding_idx
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Look rows up: [...] ids -> [..., size]."""
-        return self.rows(ids, self.logical_dtype)
-
-    def plain(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """Return an embedding with the decoded weight."""
-        return _plain_embedding(self, self.padding_idx, dtype)
+        return plain_embedding(self, self.padding_idx, dtype)
 
 
 def _is_aligned(weight: torch.Tensor) -> bool:
     return weight.data_ptr() % _INT8_ALIGNMENT == 0 and weight.is_contiguous()
 
 
-def _fixed(tensor: torch.Tensor) -> nn.Parameter:
+def fixed(tensor: torch.Tensor) -> nn.Parameter:
+    """Return a parameter that no optimizer changes.
+
+    Args:
+        tensor: Its values.
+    """
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
-def _apply_dense(leaf: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def apply_dense(leaf: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Apply a quantized dense layer to the last axis.
+
+    Args:
+        leaf: The layer.
+        x: [..., in].
+        bias: Added in the dtype of the result.
+
+    Raises:
+        WeightsError: the layer has no values yet.
+    """
     if leaf.weight.is_meta and not x.is_meta:
         raise WeightsError("A quantized layer has no values yet", where=repr(leaf), mend="Load it first.")
     flat = x.reshape(-1, x.shape[-1])
@@ -660,7 +557,14 @@ def plain_dense(
     return layer.train(leaf.training)
 
 
-def _plain_embedding(leaf: Any, padding_idx: int | None, dtype: torch.dtype | None) -> nn.Module:
+def plain_embedding(leaf: Any, padding_idx: int | None, dtype: torch.dtype | None) -> nn.Module:
+    """Return the embedding that a quantized one stands for.
+
+    Args:
+        leaf: The layer.
+        padding_idx: As torch's.
+        dtype: Of the weight; None for what it would have been loaded as.
+    """
     weight = leaf.dequantized(dtype)
     layer = nn.Embedding(leaf.shape[0], leaf.shape[1], padding_idx=padding_idx, _weight=weight)
     return layer.train(leaf.training)

@@ -14,6 +14,7 @@ from pretrained.torch.dispatch import check_room, disk_weights_of, modules_chang
 from pretrained.torch.quantize import quantized_leaves
 from pretrained.torch.quantize_model import dequantize_model
 from pretrained.torch.quantized import QuantizedLeaf
+from pretrained.torch.quantized_blocks import GgufLeaf, GgufLinear
 
 
 class QuantizedModelMixin:
@@ -97,7 +98,10 @@ class QuantizedModelMixin:
             return_buffers: Count buffers too.
         """
         nbytes: int = super().get_memory_footprint(return_buffers)  # type: ignore[misc]
-        return nbytes + sum(leaf.hidden_nbytes for leaf in _owners(self))
+        leaves = [leaf for leaf in _owners(self) if not isinstance(leaf, GgufLeaf)]
+        # A tied head on GGML's blocks has a copy for the kernel, and its embedding none.
+        leaves += [module for module in self.modules() if isinstance(module, GgufLinear)]  # type: ignore[attr-defined]
+        return nbytes + sum(leaf.hidden_nbytes for leaf in leaves)
 
     # -- values and gradients ------------------------------------------------------------------
 

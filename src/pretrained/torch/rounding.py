@@ -108,7 +108,7 @@ def _quantize(matrix: torch.Tensor, config: QuantizationConfig, key: str, for_ke
     data = torch.empty(rows, columns * config.bits // 8, dtype=kind, device=device)
     # Scales and zeros by group first, as the kernel has them; the stored form is a copy at the end.
     scales = torch.zeros(columns // group, rows, 2, dtype=torch.bfloat16, device=device)
-    buffers = torch.empty(2, height * width, device=device)
+    buffers = torch.empty(2, height * width, dtype=torch.float32, device=device)
     lost = total = 0.0
     for top in range(0, rows, height):
         for left in range(0, columns, width):

@@ -18,14 +18,14 @@ from torch.nn import functional as F
 from pretrained.core.quantization import GROUP_SIZES
 from pretrained.core.stored_layers import LayerForm
 from pretrained.torch.quantized import (
-    _INT4_ROWS,
     _INT8_COLUMNS,
+    INT4_ROWS,
     QuantizedLeaf,
-    _apply_dense,
-    _fixed,
     _is_aligned,
-    _plain_embedding,
+    apply_dense,
+    fixed,
     plain_dense,
+    plain_embedding,
 )
 from pretrained.torch.quantized_ops import (
     CHUNK,
@@ -59,7 +59,7 @@ class StoredLeaf(QuantizedLeaf):
         self.form, self.wanted_dtype = form, compute_dtype
         for name, (kind, shape) in form.tensors.items():
             # Not register_parameter: `weight` is a name of every leaf, whatever its tensor is called.
-            self._parameters[name] = _fixed(torch.empty(shape, dtype=TORCH_DTYPES[kind]))
+            self._parameters[name] = fixed(torch.empty(shape, dtype=TORCH_DTYPES[kind]))
         # Scales for a packed kernel, bfloat16, while the integers are ready for it; the stored ones stay.
         self._kernel_scales: torch.Tensor | None = None
         # Which input each column belongs to while the columns are sorted by their groups.
@@ -192,7 +192,7 @@ class StoredLeaf(QuantizedLeaf):
         if self._kernel_scales is not None:
             data = self.stored()[self.form.data]
             self._kernel_scales = self._columns = None
-            self._parameters[self.form.data] = _fixed(data)
+            self._parameters[self.form.data] = fixed(data)
 
     def stored(self) -> dict[str, torch.Tensor]:
         """Return the tensors by name as the file has them; views where nothing needs to be undone."""
@@ -256,7 +256,7 @@ class StoredLinear(StoredLeaf, Dense):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer to the last axis; the result has the dtype of `x`."""
-        return _apply_dense(self, x, self.bias)
+        return apply_dense(self, x, self.bias)
 
     def compute_dtype(self, x: torch.Tensor) -> torch.dtype:
         """Return the dtype that a multiplication with `x` runs in.
@@ -274,7 +274,8 @@ class StoredLinear(StoredLeaf, Dense):
         Args:
             x: [rows, in].
         """
-        if x.device.type != "cpu" or len(x) > KERNEL_ROWS or self.compute_dtype(x) != torch.bfloat16:
+        few = KERNEL_ROWS.get(self.form.bits, 0)
+        if x.device.type != "cpu" or len(x) > few or self.compute_dtype(x) != torch.bfloat16:
             return None
         is_ready = self._kernel_scales is not None or (self._lays_out_at_call and self._has_kernel())
         return f"int{self.form.bits}pack" if is_ready else None
@@ -330,7 +331,7 @@ class StoredLinear(StoredLeaf, Dense):
         self._lays_out_at_call = False
         if self._kernel_scales is None and self._has_kernel():
             data, scales, columns = self._laid_out()
-            self._parameters[self.form.data] = _fixed(data)
+            self._parameters[self.form.data] = fixed(data)
             self._kernel_scales, self._columns = scales, columns
         return self._kernel_scales is not None
 
@@ -350,7 +351,7 @@ class StoredLinear(StoredLeaf, Dense):
             return False
         if form.bits == 8:
             return form.zero is None and form.grid[1] == 1 and self.shape[1] % _INT8_COLUMNS == 0
-        if not form.packed or self.shape[0] % _INT4_ROWS or self._kernel_group() is None:
+        if not form.packed or self.shape[0] % INT4_ROWS or self._kernel_group() is None:
             return False
         order = self._order()
         size = min(form.block[1], self.shape[1])
@@ -413,7 +414,7 @@ class StoredEmbedding(StoredLeaf):
 
     def plain(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return an embedding with the decoded weight."""
-        return _plain_embedding(self, self.padding_idx, dtype)
+        return plain_embedding(self, self.padding_idx, dtype)
 
 
 def stored_leaf(

@@ -20,6 +20,7 @@ from pretrained.errors import NotYetError
 from pretrained.torch.offload_folder import Form
 from pretrained.torch.quantize import quantized_leaves, use_kernel_layouts
 from pretrained.torch.quantized import IntegerLeaf
+from pretrained.torch.quantized_blocks import GgufLinear
 from pretrained.torch.tensors import TORCH_DTYPES, Read
 
 
@@ -137,6 +138,9 @@ class Quantizing(Quantizer):
 
     def finish(self, model: Any) -> None:
         """Say in the config what the model holds, and make its layers ready."""
+        for leaf in quantized_leaves(model).values():
+            if isinstance(leaf, GgufLinear) and self.config.compute_dtype is not None:
+                leaf.computes_in = TORCH_DTYPES[self.config.compute_dtype]
         use_kernel_layouts(model)
         # A rule knows `weight` but not the scales beside it, so these keep the model's own names.
         own = {f"{path}.weight" for path in quantized_leaves(model)}

@@ -66,6 +66,8 @@ def quantizer_for(config: Any, checkpoint: Checkpoint, options: LoadOptions, dty
     if stored is not None and checkpoint.format != "none":
         if wanted is not None and wanted.quant_method != stored.quant_method:
             raise _quantized_already(stored.quant_method, wanted.quant_method)
+        if isinstance(wanted, QuantizationConfig) and isinstance(stored, QuantizationConfig):
+            _check_same(stored, wanted)
         if wanted is not None and wanted.compute_dtype is not None:
             stored = dataclasses.replace(stored, compute_dtype=wanted.compute_dtype)
         if isinstance(stored, ForeignScheme):
@@ -120,6 +122,15 @@ def _stored_quantizer(
         )
     parsed = parse_stored({**values, "quant_method": method}, where=where)
     return Stored(parsed, wish, dtype, key_mapping=options.key_mapping, is_mapped=is_mapped)
+
+
+def _check_same(stored: QuantizationConfig, wanted: QuantizationConfig) -> None:
+    """Raise for a setting that this load could only ignore: the numbers are rounded already."""
+    usual = QuantizationConfig(quant_method=wanted.quant_method)
+    for name in ("group_size", "symmetric", "skip_modules", "quantize_embeddings", "quantize_head"):
+        value = getattr(wanted, name)
+        if value not in (getattr(usual, name), getattr(stored, name)):
+            raise _quantized_already(f"{name}={getattr(stored, name)!r}", f"{name}={value!r}")
 
 
 def _quantized_already(stored: object, wanted: object) -> ArgumentError:

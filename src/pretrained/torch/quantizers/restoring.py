@@ -25,6 +25,7 @@ from pretrained.torch.quantize import (
     packed_keys,
     put,
 )
+from pretrained.torch.quantized import IntegerLeaf
 from pretrained.torch.quantizers.base import Quantizing
 from pretrained.torch.tensors import Read
 
@@ -52,8 +53,26 @@ class Restoring(Quantizing):
                 where=checkpoint.files[0] if checkpoint.files else "state_dict",
                 mend="Take quantization_config out of config.json; as an argument it quantizes.",
             )
+        self._check_method(leaves, checkpoint)
         for path, leaf in leaves.items():
             put(model, path, leaf)
+
+    def _check_method(self, leaves: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+        """Raise where the config names a width that no layer has: one of the two is of another model."""
+        bits = {"int8": 8, "int4": 4}.get(self.config.quant_method)
+        if self.config.quant_method == "int4" and (
+            self.config.quantize_head or self.config.quantize_embeddings
+        ):
+            return  # those have 8 bits, and may be all that there is
+        held = sorted({leaf.form.bits for leaf in leaves.values() if isinstance(leaf, IntegerLeaf)})
+        if bits is not None and bits not in held:
+            raise WeightsError(
+                "The config and the files name different quantizations",
+                where=checkpoint.files[0] if checkpoint.files else "state_dict",
+                expected=self.config.quant_method,
+                found=" and ".join(f"int{number}" for number in held),
+                mend="Correct quant_method in config.json, or fetch the files that belong to it.",
+            )
 
     def _integer_leaves(
         self, model: Any, modules: Mapping[str, nn.Module], checkpoint: Checkpoint
