@@ -8,7 +8,7 @@ import pytest
 from pretrained.arch.bert import BertConfig
 from pretrained.arch.gpt2 import GPT2Config
 from pretrained.arch.llama import LlamaConfig
-from pretrained.arch.pruning import heads_kept, merged_heads
+from pretrained.arch.pruning import heads_kept, heads_left, merged_heads
 from pretrained.arch.skeletons import kv_cache_bytes
 from pretrained.arch.t5 import T5Config
 from pretrained.errors import ArgumentError, ConfigError
@@ -120,3 +120,14 @@ def test_caches_are_as_small_as_the_layers():
     assert kv_cache_bytes(llama(pruned_heads={1: [0, 1]}), 1, 10, "float32") == (whole[0], whole[0] * 2 // 3)
     gpt2 = GPT2Config(n_layer=2, n_head=4, n_embd=32, pruned_heads={0: [1]})
     assert kv_cache_bytes(gpt2, 1, 10, "float32") == (2 * 3 * 8 * 10 * 4, 2 * 4 * 8 * 10 * 4)
+
+
+@pytest.mark.parametrize("build", [BertConfig, GPT2Config, LlamaConfig, T5Config])
+def test_a_config_that_claims_any_number_of_heads_takes_no_memory(build):
+    claims = {"num_attention_heads": 10**18, "hidden_size": 2 * 10**18, "pruned_heads": {0: [10**17]}}
+    if build is LlamaConfig:
+        claims["num_key_value_heads"] = 10**18
+    config = build(**claims)
+    assert heads_left(config, 0) == 10**18 - 1
+    with pytest.raises(ConfigError):
+        build(**{**claims, "pruned_heads": {0: [10**18]}})

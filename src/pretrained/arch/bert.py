@@ -6,7 +6,7 @@ RoBERTa is the same stack with other positions and heads; `encoder_stack` serves
 
 from __future__ import annotations
 
-from pretrained.arch.pruning import check_pruned_heads, heads_kept
+from pretrained.arch.pruning import check_pruned_heads, heads_left
 from pretrained.core.config import PreTrainedConfig
 from pretrained.core.keys import LEGACY_NORM_RULES, Drop, KeyRule
 from pretrained.core.skeleton import Skeleton, SkeletonBuilder
@@ -98,7 +98,7 @@ class BertConfig(PreTrainedConfig):
         Args:
             layer: Index of the block.
         """
-        return len(heads_kept(self, layer))
+        return heads_left(self, layer)
 
 
 def check_sizes(config: PreTrainedConfig, names: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ the block once.
 
 from __future__ import annotations
 
-from pretrained.arch.pruning import check_pruned_heads, heads_kept
+from pretrained.arch.pruning import check_pruned_heads, heads_left
 from pretrained.arch.rope import RopeConfig
 from pretrained.core.keys import Drop, KeyRule
 from pretrained.core.skeleton import Skeleton, SkeletonBuilder
@@ -114,7 +114,7 @@ class LlamaConfig(RopeConfig):
         Args:
             layer: Index of the block.
         """
-        return len(heads_kept(self, layer))
+        return heads_left(self, layer)
 
     def kv_heads_left(self, layer: int) -> int:
         """Return how many key-value heads a layer has: each goes with its group of query heads.

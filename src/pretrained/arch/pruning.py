@@ -8,11 +8,22 @@ wrote it: ``"pruned_heads": {"0": [1, 2]}``, layer -> heads. Heads are numbered 
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from pretrained.core.config import PreTrainedConfig
 from pretrained.errors import ArgumentError, ConfigError
+
+
+def heads_left(config: PreTrainedConfig, layer: int) -> int:
+    """Return how many query heads a layer has, pruned ones not counted.
+
+    Args:
+        config: With `num_attention_heads`, under any spelling.
+        layer: Index of the block.
+    """
+    return int(config.num_attention_heads) - len(set(config.pruned_heads.get(layer, ())))
 
 
 def heads_kept(config: PreTrainedConfig, layer: int) -> tuple[int, ...]:
@@ -35,7 +46,8 @@ def check_pruned_heads(config: PreTrainedConfig, group: int = 1) -> None:
     """
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     for layer, pruned in config.pruned_heads.items():
-        if not 0 <= layer < layers or not set(pruned) <= set(range(heads)):
+        # No list of all heads is made here: a config may claim any number of them.
+        if not 0 <= layer < layers or not all(0 <= head < heads for head in pruned):
             raise ConfigError(
                 "pruned_heads names a head that the model does not have",
                 where=f"pruned_heads[{layer}]",
@@ -130,8 +142,8 @@ def _check_left(
 
 def _cut_groups(pruned: list[int], group: int) -> list[int]:
     """Return the groups of which some heads are pruned and some are not."""
-    gone = [head // group for head in set(pruned)]
-    return sorted(index for index in set(gone) if gone.count(index) < group)
+    gone = Counter(head // group for head in set(pruned))
+    return sorted(index for index, count in gone.items() if count < group)
 
 
 def _number(value: Any, where: str, count: int, what: str) -> int:

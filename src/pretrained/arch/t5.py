@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pretrained.arch.pruning import check_pruned_heads, heads_kept
+from pretrained.arch.pruning import check_pruned_heads, heads_left
 from pretrained.core.config import PreTrainedConfig
 from pretrained.core.keys import Drop, KeyRule
 from pretrained.core.skeleton import Skeleton, SkeletonBuilder
@@ -125,13 +125,13 @@ class T5Config(PreTrainedConfig):
             )
         check_pruned_heads(self)
 
-    def encoder_heads(self, layer: int) -> tuple[int, ...]:
-        """Return the heads that a block of the encoder has; `pruned_heads` is about no other attention.
+    def encoder_heads_left(self, layer: int) -> int:
+        """Return how many heads a block of the encoder has; `pruned_heads` is about no other attention.
 
         Args:
             layer: Index of the block in the encoder.
         """
-        return heads_kept(self, layer)
+        return heads_left(self, layer)
 
     # -- the facts in which the family differs ---------------------------------------------------
 
@@ -229,7 +229,7 @@ def skeleton(config: T5Config, head: str = "Model") -> Skeleton:
 
 def _block(build: SkeletonBuilder, config: T5Config, stack: str, index: int) -> None:
     path = f"{stack}.block.{index}"
-    heads = len(config.encoder_heads(index)) if stack == "encoder" else config.num_heads
+    heads = config.encoder_heads_left(index) if stack == "encoder" else config.num_heads
     build.block(path)
     attentions = ["SelfAttention", "EncDecAttention"][: 1 if stack == "encoder" else 2]
     for part, name in enumerate(attentions):

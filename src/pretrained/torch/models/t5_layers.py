@@ -202,9 +202,10 @@ class T5SelfAttention(T5Attention):
     """
 
     def __init__(self, config: arch.T5Config, layer_idx: int, *, bidirectional: bool) -> None:
-        heads = config.encoder_heads(layer_idx) if bidirectional else tuple(range(config.num_heads))
-        super().__init__(config, layer_idx, len(heads))
-        self.heads_kept, self.bidirectional = heads, bidirectional
+        heads = config.encoder_heads_left(layer_idx) if bidirectional else config.num_heads
+        super().__init__(config, layer_idx, heads)
+        self.bidirectional = bidirectional
+        self.heads_gone = tuple(config.pruned_heads.get(layer_idx, ())) if bidirectional else ()
         self.relative_attention_bias: nn.Embedding | None = None
         if config.has_position_bias(layer_idx):
             self.relative_attention_bias = nn.Embedding(
@@ -252,14 +253,21 @@ class T5SelfAttention(T5Attention):
 
     def _own_heads(self, biased_mask: torch.Tensor) -> torch.Tensor:
         """Return the biases of the heads that are left; the table, which layers share, has them all."""
-        if len(self.heads_kept) == biased_mask.shape[1]:
+        if not self.heads_gone:
             return biased_mask
-        return torch.cat([biased_mask[:, head : head + 1] for head in self.heads_kept], dim=1)
+        kept = (head for head in range(biased_mask.shape[1]) if head not in self.heads_gone)
+        return torch.cat([biased_mask[:, head : head + 1] for head in kept], dim=1)
 
     def head_parts(self) -> HeadParts:
         """Return the layers with a slice for each head."""
+        every = range(self.config.num_heads)
         return HeadParts(
-            (self.q,), (self.k, self.v), self.o, self.head_dim, self, lambda kept: {"heads_kept": kept}
+            (self.q,),
+            (self.k, self.v),
+            self.o,
+            self.head_dim,
+            self,
+            lambda kept: {"heads_gone": tuple(head for head in every if head not in kept)},
         )
 
 
