@@ -26,7 +26,7 @@ from pretrained.core.config_values import (
     label_fields,
 )
 from pretrained.core.hub import HubOptions, resolve
-from pretrained.core.push import PushToHubMixin
+from pretrained.core.push import PushToHubMixin, prepare_push
 from pretrained.errors import ArgumentError, ConfigError, FileError, did_you_mean
 
 CONFIG_NAME = "config.json"
@@ -372,8 +372,13 @@ class PreTrainedConfig(PushToHubMixin):
 
         Args:
             save_directory: The folder.
-            push_to_hub: Also push it; then `kwargs` are those of `push_to_hub`.
+            push_to_hub: Also push that file; then `kwargs` are those of `push_to_hub`.
             **kwargs: `repo_id` and the other arguments of `push_to_hub`.
+
+        Raises:
+            ArgumentError: the folder is a file.
+            UnknownArgumentError: an argument that nothing takes, or that only pushing takes.
+            FileError: the file cannot be written, or the push failed.
         """
         folder = Path(save_directory)
         if save_directory == "" or folder.is_file():
@@ -384,10 +389,10 @@ class PreTrainedConfig(PushToHubMixin):
                 found=found,
                 mend="Name a folder.",
             )
+        push = prepare_push("Saving a config", folder, push_to_hub, kwargs)
         folder.mkdir(parents=True, exist_ok=True)
         self.to_json_file(folder / CONFIG_NAME)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", None) or folder.name, **kwargs)
+        push(self)
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.to_dict() == typing.cast(Self, other).to_dict()

@@ -38,7 +38,7 @@ class HubOptions:
         force_download: Fetch again what the cache holds.
         local_files_only: Use the cache only; no request is made. ``HF_HUB_OFFLINE=1`` does the same.
         proxies: Refused: ``huggingface_hub`` takes proxies from the environment only.
-        endpoint: The Hub's address; None for ``HF_ENDPOINT``, else https://huggingface.co.
+        endpoint: The Hub's address; None for ``HF_ENDPOINT``, else the public one.
     """
 
     revision: str = "main"

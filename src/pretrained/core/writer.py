@@ -187,6 +187,7 @@ def write_checkpoint(
     file_stem: str = "model",
     variant: str | None = None,
     write_file: Callable[[Path, Sequence[str]], None] | None = None,
+    needed: int | None = None,
 ) -> None:
     """Write a checkpoint into a folder, in place of an earlier one of the same stem and variant.
 
@@ -215,6 +216,7 @@ def write_checkpoint(
         variant: As given to `plan_shards`.
         write_file: For other formats: writes the file at a path, which does not exist yet, with the tensors
             of some keys, instead of what this module does with the tensors and the metadata.
+        needed: Bytes that the disk must have free; None for those of all files.
 
     Raises:
         ArgumentError: the plan and the tensors do not belong together, or a tensor's bytes do not fit its
@@ -229,7 +231,7 @@ def write_checkpoint(
     token = secrets.token_hex(4)
     temporary = {name: temporary_name(name, token) for name in plan.files}
     sizes = {name: _file_size(keys, tensors) for name, keys in plan.files.items()}
-    _make_room(folder, plan, sum(sizes.values()))
+    _make_room(folder, plan, sum(sizes.values()) if needed is None else needed)
     with errors_with_mend(folder):
         with removed_on_error(folder, temporary.values()):
             for name, keys in plan.files.items():

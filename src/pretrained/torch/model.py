@@ -27,6 +27,8 @@ from pretrained.torch.placed_mixin import PlacedModelMixin
 from pretrained.torch.pruning import HeadPruningMixin
 from pretrained.torch.quantize import all_ties
 from pretrained.torch.quantized_mixin import QuantizedModelMixin
+from pretrained.torch.resize_mixin import ResizeMixin
+from pretrained.torch.ties import check_fits, share
 from pretrained.torch.utils_mixin import ModuleUtilsMixin
 
 
@@ -36,6 +38,7 @@ class PreTrainedModel(
     PlacedModelMixin,
     nn.Module,
     EmbeddingAccessMixin,
+    ResizeMixin,
     ModuleUtilsMixin,
     HeadPruningMixin,
     CheckpointingMixin,
@@ -140,10 +143,15 @@ class PreTrainedModel(
         Args:
             missing_keys: Accepted for compatibility: ties do not depend on what a file lacked.
             recompute_mapping: Accepted for compatibility: the ties follow from the config each time.
+
+        Raises:
+            ArgumentError: a layer's bias has another length than the weight it is tied to; nothing has
+                changed then.
         """
-        for alias, owner in all_ties(self).items():
-            path, _, name = alias.rpartition(".")
-            setattr(self.get_submodule(path), name, self.get_parameter(owner))
+        ties = all_ties(self)
+        check_fits(self, {alias: self.get_parameter(owner) for alias, owner in ties.items()})
+        for alias, owner in ties.items():
+            share(self, alias, self.get_parameter(owner))
 
     def init_weights(self) -> None:
         """Initialise every module that is not yet initialised, then tie."""

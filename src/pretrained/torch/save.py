@@ -15,9 +15,10 @@ import torch
 
 from pretrained.core.atomic_files import errors_with_mend
 from pretrained.core.disk_space import free_bytes
+from pretrained.core.push import prepare_push
 from pretrained.core.weights_names import candidates
 from pretrained.core.writer import plan_shards, write_checkpoint
-from pretrained.errors import ArgumentError, FileError, NotYetError, UnknownArgumentError, did_you_mean
+from pretrained.errors import ArgumentError, FileError, NotYetError
 from pretrained.torch.dispatch import disk_weights_of
 from pretrained.torch.mapped_mixin import check_files
 from pretrained.torch.offload import ReleaseBehind
@@ -87,7 +88,7 @@ def save_pretrained(
         state_dict: Weights to write instead of the model's own.
         save_function: Writes one pickle, as ``save_function(tensors by name, path)``; None for
             ``torch.save``. It has a say only with ``safe_serialization=False``.
-        push_to_hub: Also push the folder's content; `kwargs` are then those of `push_to_hub`.
+        push_to_hub: Also push the files written; `kwargs` are then those of `push_to_hub`.
         max_shard_size: Most bytes a file may hold (a number, or "5GB", "200MB", "1GiB").
         safe_serialization: True writes model.safetensors, False pytorch_model.bin, with an index where
             the size makes several files.
@@ -105,8 +106,10 @@ def save_pretrained(
             or pickles are to go where safetensors files, which loads prefer, already are.
         ConfigError: the config cannot be written as JSON; the weights are.
     """
-    _check_arguments(model, kwargs, push_to_hub=push_to_hub)
+    _refuse_later(kwargs)
     folder = _folder(save_directory)
+    known = inspect.signature(save_pretrained).parameters
+    push = prepare_push("save_pretrained", folder, push_to_hub, kwargs, known)
     if save_function is not None and not callable(save_function):
         raise ArgumentError(
             "save_function is not a function of (tensors by name, path)",
@@ -134,9 +137,8 @@ def save_pretrained(
         write_checkpoint(
             folder, plan, sources, file_stem=plan.file_stem, variant=variant, write_file=write_file
         )
-    _write_configs(model, folder)
-    if push_to_hub:
-        model.push_to_hub(kwargs.pop("repo_id", None) or folder.name, **kwargs)
+    write_configs(model, folder)
+    push(model)
 
 
 def weights_to_write(
@@ -207,22 +209,10 @@ def _same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
     )
 
 
-def _check_arguments(model: Any, kwargs: dict[str, Any], *, push_to_hub: bool) -> None:
+def _refuse_later(kwargs: dict[str, Any]) -> None:
     for name, (idle, release) in _LATER.items():
         if kwargs.pop(name, None) not in idle:
             raise NotYetError(f"save_pretrained does not offer {name} yet", where=name, mend=release)
-    known = [*inspect.signature(save_pretrained).parameters][2:-1]
-    takes = ["repo_id", *inspect.signature(model.push_to_hub).parameters] if push_to_hub else []
-    for name in kwargs:
-        if name not in takes:
-            only_push = name in inspect.signature(model.push_to_hub).parameters
-            raise UnknownArgumentError(
-                f"save_pretrained does not know the argument {name!r}",
-                where=name,
-                mend="It belongs to push_to_hub=True."
-                if only_push and not push_to_hub
-                else did_you_mean(name, [*known, *takes]) or "Leave it out.",
-            )
 
 
 def _check_values(weights: Mapping[str, torch.Tensor]) -> None:
@@ -281,7 +271,13 @@ def _compact(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if own else tensor.clone()
 
 
-def _write_configs(model: Any, folder: Path) -> None:
+def write_configs(model: Any, folder: Path) -> None:
+    """Write config.json and generation_config.json.
+
+    Args:
+        model: A `PreTrainedModel`, with its weights.
+        folder: Where.
+    """
     config = model.config
     # Set one by one and not by `update`, which would refuse a config that contradicts itself.
     config.architectures, config.dtype = [type(model).__name__], dtype_name_of(model.dtype)

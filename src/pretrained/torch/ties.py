@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from pretrained.core.checkpoint import Checkpoint, TensorInfo
 from pretrained.core.keys import match_keys
+from pretrained.errors import ArgumentError
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,50 @@ def settle_ties(
     if tied != said:
         logger.info("tie_word_embeddings is %s in the config and %s in the files of this model", said, tied)
         config.tie_word_embeddings = tied
+
+
+def check_fits(model: Any, shared: Mapping[str, nn.Parameter]) -> None:
+    """Raise where tying would leave a layer with a weight and a bias of different lengths.
+
+    Args:
+        model: The model.
+        shared: What each alias is to become.
+
+    Raises:
+        ArgumentError: it would.
+    """
+    for alias, parameter in shared.items():
+        path, _, name = alias.rpartition(".")
+        module = model.get_submodule(path)
+        if type(module) is not nn.Linear or name != "weight" or module.bias is None:
+            continue
+        bias = shared.get(f"{path}.bias", module.bias)
+        if len(bias) != len(parameter):
+            raise ArgumentError(
+                "A layer cannot be tied to a weight with another number of rows than its bias has",
+                where=f"{path}.bias",
+                expected=len(parameter),
+                found=len(bias),
+                mend="Use resize_token_embeddings, which changes both, or replace the layer first.",
+            )
+
+
+def share(model: Any, alias: str, parameter: nn.Parameter) -> None:
+    """Make one more layer hold a parameter, and say how many rows that has.
+
+    Args:
+        model: The model.
+        alias: Where.
+        parameter: What.
+    """
+    path, _, name = alias.rpartition(".")
+    module = model.get_submodule(path)
+    setattr(module, name, parameter)
+    # Only layers that are known to count rows of their weight: packed weights have other shapes.
+    if name == "weight" and type(module) is nn.Linear:
+        module.out_features = len(parameter)
+    elif name == "weight" and type(module) is nn.Embedding:
+        module.num_embeddings = len(parameter)
 
 
 def head_tie(model: Any) -> tuple[str | None, str]:

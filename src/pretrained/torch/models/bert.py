@@ -69,6 +69,7 @@ class BertPreTrainedModel(PreTrainedModel):
     # Files of models without a pooler serve classes that have one, and the report says so.
     _optional_weights = ("pooler",)
     _input_embedding = "embeddings.word_embeddings"
+    _position_embedding = "embeddings.position_embeddings"
     _output_embedding = "cls.predictions.decoder"
 
 

@@ -174,6 +174,7 @@ class DistilBertPreTrainedModel(PreTrainedModel):
     _no_split_modules = arch.NO_SPLIT
     supports_gradient_checkpointing = True
     _input_embedding = "embeddings.word_embeddings"
+    _position_embedding = "embeddings.position_embeddings"
     _output_embedding = "vocab_projector"
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -182,6 +183,10 @@ class DistilBertPreTrainedModel(PreTrainedModel):
         if self.config.sinusoidal_pos_embds and module is getattr(embeddings, "position_embeddings", None):
             with torch.no_grad():
                 module.weight.copy_(sinusoids(*module.weight.shape))
+
+    def _new_positions(self, start: int, stop: int) -> torch.Tensor | None:
+        """Return rows of sines and cosines where the config has them."""
+        return sinusoids(stop, self.config.dim)[start:] if self.config.sinusoidal_pos_embds else None
 
 
 class DistilBertModel(DistilBertPreTrainedModel):
@@ -192,10 +197,6 @@ class DistilBertModel(DistilBertPreTrainedModel):
         self.embeddings = Embeddings(config)
         self.transformer = Transformer(config)
         self.post_init()
-
-    def get_position_embeddings(self) -> nn.Embedding:
-        """Return the position embedding."""
-        return self.embeddings.position_embeddings
 
     def prunable_attentions(self) -> list[Any]:
         """Return the attention of each layer."""
@@ -251,10 +252,6 @@ class _Head(bert_heads.Head, DistilBertPreTrainedModel):
     def build_base(self, config: arch.DistilBertConfig) -> nn.Module:
         """Return the headless model."""
         return DistilBertModel(config)
-
-    def get_position_embeddings(self) -> nn.Embedding:
-        """Return the position embedding."""
-        return self.distilbert.get_position_embeddings()
 
 
 class DistilBertForMaskedLM(_Head):

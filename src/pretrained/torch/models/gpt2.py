@@ -49,6 +49,7 @@ class GPT2PreTrainedModel(PreTrainedModel):
     _no_split_modules = arch.NO_SPLIT
     supports_gradient_checkpointing = True
     _input_embedding = "wte"
+    _position_embedding = "wpe"
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise a module; layers that feed the residual stream are smaller by its number of inputs.

@@ -145,6 +145,10 @@ class LlamaPreTrainedModel(PreTrainedModel):
     key_rules = arch.KEY_RULES
     _no_split_modules = arch.NO_SPLIT
     supports_gradient_checkpointing = True
+    _positions_instead = (
+        "Its positions are rotary, computed for any length: raise config.max_position_embeddings, and set "
+        "config.rope_scaling for texts longer than it was trained on."
+    )
 
 
 class LlamaModel(LlamaPreTrainedModel):

@@ -41,6 +41,7 @@ class T5PreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules = ("wo",)
     _tied_weights_keys: ClassVar[Mapping[str, str]] = {}
     _input_embedding = "shared"
+    _positions_instead = "T5 reads distances, which reach any length: pass longer texts as they are."
     # Files of this family say tie_word_embeddings: false to mean "do not scale", head or no head.
     _ties_absent_head = True
 
@@ -62,14 +63,6 @@ class T5PreTrainedModel(PreTrainedModel):
             stack = getattr(self.base_model, name, None)
             if stack is not None:
                 stack.embed_tokens = value
-
-    def get_encoder(self) -> nn.Module:
-        """Return the encoder stack."""
-        return self.base_model.get_submodule("encoder")
-
-    def get_decoder(self) -> nn.Module:
-        """Return the decoder stack."""
-        return self.base_model.get_submodule("decoder")
 
     def prunable_attentions(self) -> list[Any]:
         """Return the attention of each block of the encoder; the decoder keeps its heads."""
