@@ -293,14 +293,25 @@ def test_configs_have_no_shards(hub, api):
     ("name", "arguments", "text"),
     [
         ("", {}, "A push needs the name of a repository"),
+        ("./out", {}, r"name of a repository .*'name' or 'owner/name'"),
+        ("alice/tiny/more", {}, "A push needs the name of a repository"),
+        ("alice/tiny", {"token": ""}, "The token is empty, or has blanks"),
+        ("alice/tiny", {"token": "hf_alice\n"}, "The token is empty, or has blanks"),
         ("alice/tiny", {"tags": "tiny"}, r"Tags are a list of texts .*tags=\['tiny'\]"),
         ("alice/tiny", {"private": "yes"}, "private is True, False or None"),
     ],
 )
 def test_arguments_that_cannot_work(name, arguments, text, hub, api):
-    with pytest.raises(ArgumentError, match=text):
+    with pytest.raises(ArgumentError, match=text) as caught:
         tiny().push_to_hub(name, api=api(), **arguments)
+    assert "hf_alice" not in str(caught.value)
     assert not hub.requests
+
+
+def test_a_token_with_a_line_end_is_not_shown(here):
+    with pytest.raises(ArgumentError, match="The token is empty, or has blanks") as caught:
+        AutoConfig.from_pretrained("alice/tiny", token="hf_alice\n", **here)
+    assert "hf_alice" not in str(caught.value)
 
 
 # Uploads that fail
@@ -343,6 +354,19 @@ def test_tokens_that_may_not_write(token, text, hub, api):
     with pytest.raises(FileError, match=text):
         tiny().push_to_hub("alice/tiny", token=token, api=api(token))
     assert not hub.objects
+
+
+def test_a_pull_request_to_a_branch_that_is_not_there(hub, api):
+    hub.add("alice/tiny", {"notes.txt": b"hello"})
+    with pytest.raises(FileError, match=r"'alice/tiny' has no revision 'dev' \(branch 'dev', at http"):
+        tiny().push_to_hub("alice/tiny", revision="dev", create_pr=True, api=api())
+
+
+def test_a_hub_that_does_not_answer_a_push(hub, api, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
+    hub.faults.append(Fault("GET /api/models", delay=0.3))
+    with pytest.raises(FileError, match=r"did not answer in time to the push .*Push again"):
+        tiny().push_to_hub("alice/tiny", api=api())
 
 
 def test_a_missing_login(hub, monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from pretrained.arch.gguf import gguf_config
+from pretrained.core.adapter_files import base_of, is_adapter
 from pretrained.core.config import CONFIG_NAME, PreTrainedConfig, read_json_object
 from pretrained.core.files import find_weights, open_checkpoint
 from pretrained.core.hub import HubOptions, Source, resolve
@@ -370,6 +371,8 @@ def _read_config(
     # A GGUF file holds the config of its own weights only.
     gguf_file = for_load.get("gguf_file") if config is None else None
     config_source = resolve(config, hub_options) if config is not None else source
+    if config is None and source is not None and is_adapter(source, for_load.get("variant")):
+        config_source = base_of(source)
     assert config_source is not None  # from_pretrained refuses a call with neither
     found, rest = AutoConfig.from_pretrained(
         config_source, gguf_file=gguf_file, return_unused_kwargs=True, **kwargs

@@ -229,11 +229,13 @@ def test_transformers_reads_what_was_written(source, tmp_path):
         torch.testing.assert_close(found, logits(source), rtol=1e-5, atol=1e-5)
 
 
-def test_an_unknown_architecture_is_taken_as_it_is(capsys, source, tmp_path):
-    (source / "config.json").write_text('{"model_type": "no-such", "torch_dtype": "float32"}')
+@pytest.mark.parametrize("model_type", ["no-such", [1]])
+def test_an_unknown_architecture_is_taken_as_it_is(capsys, source, tmp_path, model_type):
+    config = {"model_type": model_type, "torch_dtype": "float32"}
+    (source / "config.json").write_text(json.dumps(config))
     assert run(source, tmp_path / "dst", "--dtype", "bf16") == 0
     assert json.loads((tmp_path / "dst" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert "the architecture 'no-such' is not known here" in capsys.readouterr().out
+    assert f"the architecture {model_type!r} is not known here" in capsys.readouterr().out
     expected = {key: value.bfloat16() for key, value in load_file(source / "model.safetensors").items()}
     assert same(values(tmp_path / "dst"), expected)
 

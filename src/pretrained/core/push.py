@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from pretrained.core.hub import check_token, is_repo_id
 from pretrained.errors import ArgumentError, FileError, PretrainedError, UnknownArgumentError, did_you_mean
 
 if TYPE_CHECKING:
@@ -260,9 +261,15 @@ def push_files(
         CheckpointError: the weights among the files are damaged; nothing was sent.
     """
     _check_arguments(folder, names, repo_id, tags, private)
+    check_token(token)
     check_weights(folder, names)
     # Imported here: saving to a local folder must work without it.
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi  # noqa: PLC0415
+    from huggingface_hub import (  # noqa: PLC0415
+        CommitOperationAdd,
+        CommitOperationDelete,
+        HfApi,
+        constants,
+    )
 
     from pretrained.core.hub_errors import NETWORK_ERRORS, explain_push  # noqa: PLC0415
 
@@ -272,7 +279,7 @@ def push_files(
         full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(full_id, branch=revision, exist_ok=True)
-        info = api.model_info(full_id, revision=revision)
+        info = api.model_info(full_id, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         if private and info.private is False:
             raise _not_private(full_id)
         there = {sibling.rfilename for sibling in info.siblings or ()}
@@ -406,12 +413,12 @@ def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def _check_arguments(folder: Path, names: Collection[str], repo_id: Any, tags: Any, private: Any) -> None:
-    if not isinstance(repo_id, str) or not repo_id:
+    if not isinstance(repo_id, str) or not is_repo_id(repo_id):
         raise ArgumentError(
             "A push needs the name of a repository",
             where="repo_id",
-            expected="'name' or 'owner/name'",
-            found=repr(repo_id),
+            expected="'name' or 'owner/name', of letters, digits, '-', '_' and '.'",
+            found=repr(repo_id)[:200],
         )
     if not names:
         raise ArgumentError("There is nothing to push", where=folder, found="no files")

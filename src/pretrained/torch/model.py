@@ -18,6 +18,7 @@ from pretrained.core.options import refuse
 from pretrained.core.push import PushToHubMixin
 from pretrained.errors import ArgumentError, UnknownArgumentError
 from pretrained.torch import load, save
+from pretrained.torch.adapters_mixin import AdapterMixin
 from pretrained.torch.attention import check_attn_implementation
 from pretrained.torch.checkpointing import CheckpointingMixin
 from pretrained.torch.embeddings_mixin import EmbeddingAccessMixin
@@ -42,6 +43,7 @@ class PreTrainedModel(
     ModuleUtilsMixin,
     HeadPruningMixin,
     CheckpointingMixin,
+    AdapterMixin,
     PushToHubMixin,
 ):
     """Base of every model.

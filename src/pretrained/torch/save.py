@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
-from pretrained.core.atomic_files import errors_with_mend
+from pretrained.core.adapter_files import ADAPTER_CONFIG, ADAPTER_STEM
+from pretrained.core.atomic_files import errors_with_mend, write_text_atomically
 from pretrained.core.disk_space import free_bytes
 from pretrained.core.push import prepare_push
 from pretrained.core.weights_names import candidates
 from pretrained.core.writer import plan_shards, write_checkpoint
 from pretrained.errors import ArgumentError, FileError, NotYetError
+from pretrained.torch.adapters_mixin import adapter_to_write
 from pretrained.torch.dispatch import disk_weights_of
 from pretrained.torch.mapped_mixin import check_files
 from pretrained.torch.offload import ReleaseBehind
@@ -32,7 +34,6 @@ DEFAULT_SHARD_SIZE = "5GB"
 
 # Known to the ecosystem and not offered yet: name -> (values that ask for nothing, when to expect it).
 _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
-    "save_peft_format": ((None, True), "It comes with the release of adapters."),
     "distributed_checkpoint": ((None, False), "It comes with the release for several machines."),
 }
 
@@ -73,9 +74,13 @@ def save_pretrained(
     safe_serialization: bool = True,
     variant: str | None = None,
     save_original_format: bool = True,
+    save_peft_format: bool = True,
     **kwargs: Any,
 ) -> None:
     """Write a model into a folder: the weights, config.json and generation_config.json.
+
+    Of a model with adapters the active one is written, and nothing else: adapter_model.safetensors and
+    adapter_config.json.
 
     Each file is written under a temporary name and renamed, so a reader finds the checkpoint that was there
     or the new one. Saving into the folder that the model was loaded from is safe. Weights come first: no
@@ -96,6 +101,7 @@ def save_pretrained(
         save_original_format: Give weights the names they had in the files they were loaded from, where
             an architecture's key rule changed them; False writes the names of the modules. What a
             `key_mapping` renamed keeps the modules' names either way, so that the folder loads without it.
+        save_peft_format: Begin the names in an adapter's file with peft's prefix; False leaves it out.
         **kwargs: `repo_id` and the other arguments of `push_to_hub`.
 
     Raises:
@@ -118,11 +124,19 @@ def save_pretrained(
         )
     if not is_main_process:
         return
-    weights = weights_to_write(model, state_dict, save_original_format)
+    adapter_config = None
+    if model.has_adapters():
+        weights, adapter_config = adapter_to_write(model, state_dict, save_peft_format)
+        max_shard_size = sum(tensor.nbytes for tensor in weights.values()) + 1
+    else:
+        weights = weights_to_write(model, state_dict, save_original_format)
+    stem = "model" if adapter_config is None else ADAPTER_STEM
     behind = ReleaseBehind(disk_weights_of(model))
     sources = {key: _TensorSource(tensor, behind, model) for key, tensor in weights.items()}
     _check_values(weights)
-    names = {} if safe_serialization else {"file_stem": "pytorch_model", "suffix": ".bin"}
+    names = {"file_stem": stem}
+    if not safe_serialization:
+        names = {"file_stem": "pytorch_model" if adapter_config is None else stem, "suffix": ".bin"}
     sizes = {key: source.nbytes for key, source in sources.items()}
     plan = plan_shards(sizes, max_shard_size, variant=variant, **names)
     with errors_with_mend(folder):
@@ -130,14 +144,17 @@ def save_pretrained(
     if safe_serialization:
         if save_function not in (None, torch.save):
             logger.warning("save_function writes pickles; safetensors files are written without it.")
-        write_checkpoint(folder, plan, sources, {"format": "pt"}, variant=variant)
+        write_checkpoint(folder, plan, sources, {"format": "pt"}, file_stem=stem, variant=variant)
     else:
-        _refuse_beside_safetensors(folder, variant)
+        _refuse_beside_safetensors(folder, variant, plan.file_stem)
         write_file = _pickle_writer(model, weights, save_function or torch.save)
         write_checkpoint(
             folder, plan, sources, file_stem=plan.file_stem, variant=variant, write_file=write_file
         )
-    write_configs(model, folder)
+    if adapter_config is None:
+        write_configs(model, folder)
+    else:
+        write_text_atomically(folder / ADAPTER_CONFIG, adapter_config)
     push(model)
 
 
@@ -225,12 +242,13 @@ def _check_values(weights: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def _refuse_beside_safetensors(folder: Path, variant: str | None) -> None:
+def _refuse_beside_safetensors(folder: Path, variant: str | None, stem: str) -> None:
     """Raise where a pickle would be written that no load would ever find."""
-    present = [name for name in candidates(variant, True) if (folder / name).exists()]
+    names = [f"{stem}.safetensors"] if stem == ADAPTER_STEM else candidates(variant, True)
+    present = [name for name in names if (folder / name).exists()]
     if present:
         raise FileError(
-            f"The folder holds {present[0]}, which is loaded instead of pytorch_model.bin",
+            f"The folder holds {present[0]}, which is loaded instead of {stem}.bin",
             where=folder,
             mend="Save into another folder, or remove that file first if it is out of date.",
         )
