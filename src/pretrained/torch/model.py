@@ -96,6 +96,9 @@ class PreTrainedModel(
 
     def post_init(self) -> None:
         """Initialise what is not yet initialised and tie what is tied; the end of every ``__init__``."""
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel) and module is not self:
+                module.__dict__["_part_of"] = type(self).__name__
         if any(parameter.is_meta for parameter in self.parameters()):
             self.tie_weights()
         else:
