@@ -270,6 +270,28 @@ def test_a_model_without_memory_has_other_shapes():
     assert model.lm_head.weight.is_meta and model.lm_head.weight.shape == (120, 32)
 
 
+def test_a_part_of_a_model_says_so(caplog):
+    model = build()
+    model.resize_token_embeddings(110)
+    build(LlamaModel).resize_token_embeddings(110)
+    assert not caplog.text
+    model.model.resize_token_embeddings(120)
+    assert "LlamaModel was built as a part of LlamaForCausalLM. Where that is still in use" in caplog.text
+    model.resize_token_embeddings(120)
+    assert model(torch.tensor([[110]])).logits.shape == (1, 1, 120)
+
+
+def test_inference_mode_leaves_weights_that_can_be_trained():
+    model = build(GPT2LMHeadModel)
+    with torch.inference_mode():
+        model.resize_token_embeddings(120)
+        model.resize_position_embeddings(40)
+        model.untie_weights()
+    ids = torch.tensor([[3, 110]])
+    model(ids, labels=ids).loss.backward()
+    assert model.lm_head.weight.grad is not None and model.transformer.wpe.weight.grad is not None
+
+
 def test_training_goes_on_with_new_rows():
     model = build(tie_word_embeddings=True)
     ids = torch.tensor([[3, 4, 5]])
