@@ -205,6 +205,37 @@ def test_quantized_and_offloaded_models(hub, api, here, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_adapters(hub, api, here, tmp_path):
+    peft = pytest.importorskip("peft")
+    ids = torch.tensor([[3, 4, 5]])
+    tiny().push_to_hub("alice/base", api=api())
+    model = LlamaForCausalLM.from_pretrained("alice/base", **here)
+    model.add_adapter(
+        peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    )
+    model.push_to_hub("alice/adapter", api=api())
+    files = hub.files("alice/adapter")
+    assert sorted(files) == [
+        ".gitattributes",
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    card = files["README.md"].decode()
+    assert card.startswith("---\nlibrary_name: peft\nbase_model: alice/base\n---\n")
+    assert 'AutoModelForCausalLM.from_pretrained("alice/base")' in card
+    assert 'model.load_adapter("alice/adapter")' in card
+    again = LlamaForCausalLM.from_pretrained("alice/base", **here)
+    again.load_adapter("alice/adapter", **here)
+    assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+    assert not torch.equal(again(ids).logits, tiny()(ids).logits)
+    # By the adapter's own name, the base model is fetched too.
+    whole = AutoModelForCausalLM.from_pretrained("alice/adapter", **here)
+    assert torch.equal(whole(ids).logits, again(ids).logits)
+
+
+@pytest.mark.slow
 def test_transformers_pushes_and_loads_the_same(hub, api, here, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     monkeypatch.setenv("HF_TOKEN", "hf_alice")
@@ -293,14 +324,25 @@ def test_configs_have_no_shards(hub, api):
     ("name", "arguments", "text"),
     [
         ("", {}, "A push needs the name of a repository"),
+        ("./out", {}, r"name of a repository .*'name' or 'owner/name'"),
+        ("alice/tiny/more", {}, "A push needs the name of a repository"),
+        ("alice/tiny", {"token": ""}, "The token is empty, or has blanks"),
+        ("alice/tiny", {"token": "hf_alice\n"}, "The token is empty, or has blanks"),
         ("alice/tiny", {"tags": "tiny"}, r"Tags are a list of texts .*tags=\['tiny'\]"),
         ("alice/tiny", {"private": "yes"}, "private is True, False or None"),
     ],
 )
 def test_arguments_that_cannot_work(name, arguments, text, hub, api):
-    with pytest.raises(ArgumentError, match=text):
+    with pytest.raises(ArgumentError, match=text) as caught:
         tiny().push_to_hub(name, api=api(), **arguments)
+    assert "hf_alice" not in str(caught.value)
     assert not hub.requests
+
+
+def test_a_token_with_a_line_end_is_not_shown(here):
+    with pytest.raises(ArgumentError, match="The token is empty, or has blanks") as caught:
+        AutoConfig.from_pretrained("alice/tiny", token="hf_alice\n", **here)
+    assert "hf_alice" not in str(caught.value)
 
 
 # Uploads that fail
@@ -343,6 +385,19 @@ def test_tokens_that_may_not_write(token, text, hub, api):
     with pytest.raises(FileError, match=text):
         tiny().push_to_hub("alice/tiny", token=token, api=api(token))
     assert not hub.objects
+
+
+def test_a_pull_request_to_a_branch_that_is_not_there(hub, api):
+    hub.add("alice/tiny", {"notes.txt": b"hello"})
+    with pytest.raises(FileError, match=r"'alice/tiny' has no revision 'dev' \(branch 'dev', at http"):
+        tiny().push_to_hub("alice/tiny", revision="dev", create_pr=True, api=api())
+
+
+def test_a_hub_that_does_not_answer_a_push(hub, api, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
+    hub.faults.append(Fault("GET /api/models", delay=0.3))
+    with pytest.raises(FileError, match=r"did not answer in time to the push .*Push again"):
+        tiny().push_to_hub("alice/tiny", api=api())
 
 
 def test_a_missing_login(hub, monkeypatch):

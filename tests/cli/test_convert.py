@@ -229,11 +229,13 @@ def test_transformers_reads_what_was_written(source, tmp_path):
         torch.testing.assert_close(found, logits(source), rtol=1e-5, atol=1e-5)
 
 
-def test_an_unknown_architecture_is_taken_as_it_is(capsys, source, tmp_path):
-    (source / "config.json").write_text('{"model_type": "no-such", "torch_dtype": "float32"}')
+@pytest.mark.parametrize("model_type", ["no-such", [1]])
+def test_an_unknown_architecture_is_taken_as_it_is(capsys, source, tmp_path, model_type):
+    config = {"model_type": model_type, "torch_dtype": "float32"}
+    (source / "config.json").write_text(json.dumps(config))
     assert run(source, tmp_path / "dst", "--dtype", "bf16") == 0
     assert json.loads((tmp_path / "dst" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert "the architecture 'no-such' is not known here" in capsys.readouterr().out
+    assert f"the architecture {model_type!r} is not known here" in capsys.readouterr().out
     expected = {key: value.bfloat16() for key, value in load_file(source / "model.safetensors").items()}
     assert same(values(tmp_path / "dst"), expected)
 
@@ -407,6 +409,30 @@ def test_killed_anywhere_it_leaves_nothing_that_loads_as_if_whole(
         shutil.rmtree(core.work_path(target), ignore_errors=True)
         capsys.readouterr()
     assert after > 20
+    assert not left(tmp_path)
+
+
+@pytest.mark.parametrize("after", [2, 6, 10, 14, 18])
+def test_killed_while_it_quantizes(source, tmp_path, monkeypatch, after):
+    words = [source, tmp_path / "dst", "--quantize", "int8"]
+    with monkeypatch.context() as patched:
+        dying(patched, after)
+        with contextlib.suppress(Killed):
+            run(*words)
+    if not (tmp_path / "dst").exists():
+        assert run(*words) == 0
+        assert not left(tmp_path)
+    wish = {"quantization_config": {"quant_method": "int8"}}
+    AutoModelForCausalLM.from_pretrained(source, dtype="auto", **wish).save_pretrained(tmp_path / "saved")
+    assert same(values(tmp_path / "dst"), values(tmp_path / "saved"))
+
+
+def test_the_folder_of_the_moment_is_a_place(source, tmp_path, monkeypatch):
+    (tmp_path / "dst").mkdir()
+    monkeypatch.chdir(tmp_path / "dst")
+    (tmp_path / "dst" / "mine.txt").write_text("mine")
+    assert run(source, ".", "--force") == 0
+    assert same(values(tmp_path / "dst"), load_file(source / "model.safetensors"))
     assert not left(tmp_path)
 
 

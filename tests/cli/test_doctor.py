@@ -222,6 +222,10 @@ def test_an_architecture_that_is_not_known(capsys, folder):
     )
 
 
+def test_a_model_type_that_is_no_text(capsys, folder):
+    only(capsys, folder.config(model_type={}), "fault", "The architecture {} is not known here")
+
+
 def test_a_config_that_contradicts_itself(capsys, folder):
     only(capsys, folder.config(num_key_value_heads=3), "fault", "num_attention_heads is not a multiple")
 

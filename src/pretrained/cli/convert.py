@@ -199,8 +199,9 @@ def _read(source: Source, options: argparse.Namespace) -> _Job:
         if file is None:
             notes.append("there is no config.json beside the weights, so the new folder has none either")
     config = None
-    if model_type_of(values) in FAMILIES:
-        config = config_of(values | {"model_type": model_type_of(values)}, where=source)
+    model_type = model_type_of(values)
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        config = config_of(values | {"model_type": model_type}, where=source)
     if values.get("quantization_config") and (options.dtype or options.quantize or options.to == "gguf"):
         raise ArgumentError(
             "The checkpoint is quantized already, and its tensors mean something only as they are",
@@ -327,7 +328,7 @@ def _to_gguf(job: _Job, options: argparse.Namespace, work: Path) -> tuple[ShardP
         job.config,
         job.values,
         wanted=options.quantize or options.dtype,
-        name=Path(job.source.name).stem,
+        name=Path(job.source.name).stem if job.source.kind == "file" else Path(job.source.name).name,
         tokenizer=None if options.without_tokenizer else read_tokenizer(job.source, job.checkpoint),
         notes=job.notes,
     )

@@ -294,7 +294,7 @@ class _Model:
         if not values:
             return None
         model_type = model_type_of(values)
-        if model_type is not None and model_type not in FAMILIES:
+        if model_type is not None and not (isinstance(model_type, str) and model_type in FAMILIES):
             what = f"The architecture {model_type!r} is not known here, nor what weights it needs"
             self.findings.append(Finding("fault", what, CONFIG_NAME, f"Known are {', '.join(FAMILIES)}."))
             return None

@@ -259,6 +259,7 @@ def _read(error: BaseException) -> _Fault:
     lines = str(said or chain[-1]).strip().splitlines() or [""]
     # Addresses of uploads and downloads carry signatures after the question mark.
     line = re.sub(r"(https?://[^\s?']+)\?[^\s']*", r"\1", lines[0])[:200]
+    line = re.sub(r"\bhf_\w{4,}", "hf_...", line)
     if response is not None and said:
         line = f"status {response.status_code}, {line!r}"
     upload = re.search(r"Error while uploading '(.+?)' to the Hub", " ".join(map(str, chain)))

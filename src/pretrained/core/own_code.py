@@ -407,7 +407,7 @@ class AutoClassMixin:
         cls._auto_class = name
 
 
-def own_code(*classes: type[Any]) -> tuple[dict[str, str], dict[str, bytes]]:
+def own_code(*classes: type[Any]) -> tuple[dict[str, str], dict[str, str]]:
     """Return what a save writes for classes that are registered for an Auto class.
 
     Args:
@@ -427,7 +427,7 @@ def own_code(*classes: type[Any]) -> tuple[dict[str, str], dict[str, bytes]]:
         if issubclass(cls, AutoClassMixin) and not cls.__module__.startswith("pretrained."):
             registered.setdefault(cls, cls._auto_classes[0])
     entries: dict[str, str] = {}
-    files: dict[str, bytes] = {}
+    files: dict[str, str] = {}
     for cls, key in registered.items():
         root, module = _module_of(cls)
         entries[key] = f"{module}.{cls.__name__}"
@@ -436,23 +436,31 @@ def own_code(*classes: type[Any]) -> tuple[dict[str, str], dict[str, bytes]]:
             return root / name if (root / name).is_file() else None
 
         for path, content in collect(fetch, [module]).values():
-            files[path.relative_to(root).as_posix()] = content
+            try:
+                files[path.relative_to(root).as_posix()] = content.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ConfigError(
+                    "A file of the model's code is not UTF-8",
+                    where=path,
+                    found=error.reason,
+                    mend="Save it as UTF-8.",
+                ) from error
     return entries, files
 
 
-def write_own_code(folder: Path, files: Mapping[str, bytes]) -> None:
+def write_own_code(folder: Path, files: Mapping[str, str]) -> None:
     """Write files of code into a model's folder.
 
     Args:
         folder: The folder.
         files: From `own_code`.
     """
-    for name, content in files.items():
+    for name, text in files.items():
         file = folder / name
-        if file.is_file() and file.read_bytes() == content:
+        if file.is_file() and file.read_bytes() == text.encode():
             continue  # saved into the folder that they were loaded from
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(file, content.decode("utf-8"))
+        write_text_atomically(file, text)
 
 
 def _module_of(cls: type[Any]) -> tuple[Path, str]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from pretrained.core.hub import check_token, is_repo_id
 from pretrained.errors import ArgumentError, FileError, PretrainedError, UnknownArgumentError, did_you_mean
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CARD: Final = "README.md"
+_ADAPTER: Final = "adapter_config.json"
 
 PUSH_ARGUMENTS: Final = (
     "repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags",
@@ -223,6 +225,9 @@ def check_weights(folder: Path, names: Collection[str]) -> None:
 
     for variant, end in sorted(_families(names), key=str):
         open_checkpoint(find_weights(folder, variant=variant, use_safetensors=end == "safetensors"))
+    for name in names:
+        if name.endswith(".safetensors") and _family(name) is None:  # an adapter's, or another model's
+            open_checkpoint(folder / name)
 
 
 def push_files(
@@ -260,9 +265,15 @@ def push_files(
         CheckpointError: the weights among the files are damaged; nothing was sent.
     """
     _check_arguments(folder, names, repo_id, tags, private)
+    check_token(token)
     check_weights(folder, names)
     # Imported here: saving to a local folder must work without it.
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi  # noqa: PLC0415
+    from huggingface_hub import (  # noqa: PLC0415
+        CommitOperationAdd,
+        CommitOperationDelete,
+        HfApi,
+        constants,
+    )
 
     from pretrained.core.hub_errors import NETWORK_ERRORS, explain_push  # noqa: PLC0415
 
@@ -272,7 +283,7 @@ def push_files(
         full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(full_id, branch=revision, exist_ok=True)
-        info = api.model_info(full_id, revision=revision)
+        info = api.model_info(full_id, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         if private and info.private is False:
             raise _not_private(full_id)
         there = {sibling.rfilename for sibling in info.siblings or ()}
@@ -370,7 +381,7 @@ def _card(
         with tempfile.TemporaryDirectory(prefix="pretrained-card-") as cache:
             old_file = api.hf_hub_download(repo_id, _CARD, revision=commit, cache_dir=cache)
             old = Path(old_file).read_text(encoding="utf-8")
-    elif not families and not tags:
+    elif not families and not tags and _ADAPTER not in names:
         return None
     elif (folder / _CARD).is_file():
         return with_tags((folder / _CARD).read_text(encoding="utf-8"), tags)
@@ -406,12 +417,12 @@ def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def _check_arguments(folder: Path, names: Collection[str], repo_id: Any, tags: Any, private: Any) -> None:
-    if not isinstance(repo_id, str) or not repo_id:
+    if not isinstance(repo_id, str) or not is_repo_id(repo_id):
         raise ArgumentError(
             "A push needs the name of a repository",
             where="repo_id",
-            expected="'name' or 'owner/name'",
-            found=repr(repo_id),
+            expected="'name' or 'owner/name', of letters, digits, '-', '_' and '.'",
+            found=repr(repo_id)[:200],
         )
     if not names:
         raise ArgumentError("There is nothing to push", where=folder, found="no files")

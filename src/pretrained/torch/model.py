@@ -22,10 +22,12 @@ from pretrained.errors import ArgumentError, UnknownArgumentError
 from pretrained.torch import load, save
 from pretrained.torch.adapters_mixin import AdapterMixin
 from pretrained.torch.attention import check_attn_implementation
+from pretrained.torch.checkpointing import CheckpointingMixin
 from pretrained.torch.embeddings_mixin import EmbeddingAccessMixin
 from pretrained.torch.initialise import initialise, initialise_module
 from pretrained.torch.mapped_mixin import MappedModelMixin
 from pretrained.torch.placed_mixin import PlacedModelMixin
+from pretrained.torch.pruning import HeadPruningMixin
 from pretrained.torch.quantize import all_ties
 from pretrained.torch.quantized_mixin import QuantizedModelMixin
 from pretrained.torch.resize_mixin import ResizeMixin
@@ -42,6 +44,8 @@ class PreTrainedModel(
     EmbeddingAccessMixin,
     ResizeMixin,
     ModuleUtilsMixin,
+    HeadPruningMixin,
+    CheckpointingMixin,
     AdapterMixin,
     PushToHubMixin,
 ):
@@ -65,7 +69,7 @@ class PreTrainedModel(
 
     config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
     base_model_prefix: ClassVar[str] = ""
-    _auto_classes: ClassVar[tuple[str, ...]] = tuple(AUTO_CLASSES.values())
+    _auto_classes = tuple(AUTO_CLASSES.values())
     main_input_name: ClassVar[str] = "input_ids"
     key_rules: ClassVar[Sequence[KeyRule]] = ()
 
@@ -96,6 +100,9 @@ class PreTrainedModel(
 
     def post_init(self) -> None:
         """Initialise what is not yet initialised and tie what is tied; the end of every ``__init__``."""
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel) and module is not self:
+                module.__dict__["_part_of"] = type(self).__name__
         if any(parameter.is_meta for parameter in self.parameters()):
             self.tie_weights()
         else:
