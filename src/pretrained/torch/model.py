@@ -20,10 +20,12 @@ from pretrained.errors import ArgumentError, UnknownArgumentError
 from pretrained.torch import load, save
 from pretrained.torch.adapters_mixin import AdapterMixin
 from pretrained.torch.attention import check_attn_implementation
+from pretrained.torch.checkpointing import CheckpointingMixin
 from pretrained.torch.embeddings_mixin import EmbeddingAccessMixin
 from pretrained.torch.initialise import initialise, initialise_module
 from pretrained.torch.mapped_mixin import MappedModelMixin
 from pretrained.torch.placed_mixin import PlacedModelMixin
+from pretrained.torch.pruning import HeadPruningMixin
 from pretrained.torch.quantize import all_ties
 from pretrained.torch.quantized_mixin import QuantizedModelMixin
 from pretrained.torch.resize_mixin import ResizeMixin
@@ -39,6 +41,8 @@ class PreTrainedModel(
     EmbeddingAccessMixin,
     ResizeMixin,
     ModuleUtilsMixin,
+    HeadPruningMixin,
+    CheckpointingMixin,
     AdapterMixin,
     PushToHubMixin,
 ):
