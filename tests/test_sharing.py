@@ -154,6 +154,14 @@ def test_configs_and_tokenizers(hub, api, here):
     assert "README.md" not in hub.files("alice/parts")
 
 
+def test_files_in_subfolders_are_pushed_too(hub, api, here, tmp_path):
+    templates = {"default": "{{ 1 }}", "tools": "{{ 2 }}"}
+    tokenizer = AutoTokenizer.from_pretrained(SPELLING, chat_template=templates)
+    tokenizer.save_pretrained(tmp_path / "saved", push_to_hub=True, api=api())
+    assert "additional_chat_templates/tools.jinja" in hub.files("alice/saved")
+    assert AutoTokenizer.from_pretrained("alice/saved", **here).chat_template == templates
+
+
 def test_save_pretrained_pushes_what_it_wrote(hub, api, here, tmp_path):
     folder = tmp_path / "tiny"
     folder.mkdir()

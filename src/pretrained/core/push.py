@@ -410,10 +410,8 @@ def _bars_on_terminals_only() -> Iterator[None]:
 
 def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
     """What tells whether a file of a folder was written: a save renames new files into place."""
-    if not folder.is_dir():
-        return {}
-    stats = ((entry.name, entry.stat()) for entry in os.scandir(folder) if entry.is_file())
-    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats if not name.startswith(".")}
+    stats = ((name, (folder / name).stat()) for name in files_of(folder) if (folder / name).exists())
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats}
 
 
 def _check_arguments(folder: Path, names: Collection[str], repo_id: Any, tags: Any, private: Any) -> None:
