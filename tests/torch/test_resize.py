@@ -438,6 +438,25 @@ def test_int8_tables(tied, near_mean, tmp_path):
     assert torch.equal(again.lm_head.weight, head.weight)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_int8_tables_on_disk(tied, tmp_path):
+    build(tie_word_embeddings=tied).save_pretrained(tmp_path)
+    scheme = {"quantization_config": INT8.to_dict()}
+    plain = LlamaForCausalLM.from_pretrained(tmp_path, **scheme)
+    placed = LlamaForCausalLM.from_pretrained(
+        tmp_path, device_map="disk", offload_folder=tmp_path / "offload", **scheme
+    )
+    for model in (plain, placed):
+        torch.manual_seed(0)
+        model.resize_token_embeddings(120)
+    assert torch.equal(placed.lm_head.weight, plain.lm_head.weight)
+    assert torch.equal(placed.lm_head.weight_scale, plain.lm_head.weight_scale)
+    assert (placed.lm_head.weight is placed.model.embed_tokens.weight) is tied
+    with torch.no_grad():
+        ids = torch.tensor([[3, 119]])
+        assert torch.equal(placed(ids).logits, plain(ids).logits)
+
+
 def test_other_quantized_tables_are_refused():
     leaf = build()
     holder = nn.ModuleDict({"head": leaf.lm_head})

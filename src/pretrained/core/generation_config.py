@@ -343,6 +343,13 @@ class GenerationConfig(PushToHubMixin):
         """
         write_text_atomically(Path(json_file_path), self.to_json_string(use_diff))
 
+    def warn_before_saving(self) -> None:
+        """Log one line where the config contradicts itself or has values without effect."""
+        problems = [error.what for error in self.problems()]
+        problems += [f"{name}: {reason}" for name, reason in self.hints().items()]
+        if problems:
+            logger.warning("Saving a generation config that needs a look: %s.", "; ".join(problems))
+
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -370,10 +377,7 @@ class GenerationConfig(PushToHubMixin):
         if folder.is_file():
             raise ArgumentError("A generation config is saved into a folder", where=folder, found="a file")
         push = prepare_push("Saving a generation config", folder, push_to_hub, kwargs)
-        problems = [error.what for error in self.problems()]
-        problems += [f"{name}: {reason}" for name, reason in self.hints().items()]
-        if problems:
-            logger.warning("Saving a generation config that needs a look: %s.", "; ".join(problems))
+        self.warn_before_saving()
         folder.mkdir(parents=True, exist_ok=True)
         self.to_json_file(folder / (config_file_name or GENERATION_CONFIG_NAME))
         push(self)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from pretrained.core.save_journal import text_file
 from pretrained.core.untrusted import fault_of
 from pretrained.core.weights_names import INDEX_NAME, choose_weights, few
 from pretrained.errors import ArgumentError, CheckpointError, FileError, did_you_mean
@@ -125,8 +126,10 @@ class Source:
         _check_inside(name, "file name")
         if self.names is not None and name in self.names:
             return self._fetch(name)
-        if self.names is None and os.path.isfile(self.folder / name):
-            return self.folder / name
+        if self.names is None:
+            path = text_file(self.folder, name)
+            if os.path.isfile(path):
+                return path
         if not required:
             return None
         raise self._missing(name)

@@ -71,7 +71,7 @@ from pretrained.torch.quantizers.choose import quantizer_for
 from pretrained.torch.rounding import Packed
 from pretrained.torch.serial_threads import serial_pool
 from pretrained.torch.tensors import TORCH_DTYPES, Read, dtype_name_of, mapped_reader, state_dict_reader
-from pretrained.torch.ties import settle_ties
+from pretrained.torch.ties import settle_ties, shared_by_construction
 from pretrained.torch.uploads import Uploads
 
 logger = logging.getLogger(__name__)
@@ -226,7 +226,9 @@ def build_empty(cls: type[Model], config: PreTrainedConfig, *args: Any, **kwargs
     _check_arguments(cls, config, args, kwargs)
     try:
         with no_memory(), no_collection():
-            return cls(config, *args, **kwargs)
+            model = cls(config, *args, **kwargs)
+            model._shared_weights = shared_by_construction(model)
+            return model
     except ConfigError as error:
         if config.name_or_path and config.name_or_path not in str(error.where):
             error.where = f"{error.where}, {config.name_or_path}" if error.where else config.name_or_path

@@ -216,8 +216,8 @@ def _check_kind(module: Any, where: str) -> None:
         raise ArgumentError(
             "This layer is of a kind that cannot be resized",
             where=where,
-            expected="an Embedding, a Linear or a Conv1D",
-            found=type(module).__name__,
+            expected="torch's Embedding or Linear, or a Conv1D",
+            found=f"{type(module).__module__}.{type(module).__qualname__}",
             mend="Merge or unload adapters and remove parametrizations first, or replace the layer with "
             "set_input_embeddings or set_output_embeddings.",
         )

@@ -14,17 +14,20 @@ from typing import Any
 import torch
 
 from pretrained.core.adapter_files import ADAPTER_CONFIG, ADAPTER_STEM
-from pretrained.core.atomic_files import errors_with_mend, write_text_atomically
+from pretrained.core.atomic_files import errors_with_mend, one_saver, write_text_atomically
+from pretrained.core.config import CONFIG_NAME
 from pretrained.core.disk_space import free_bytes
+from pretrained.core.generation_config import GENERATION_CONFIG_NAME
 from pretrained.core.push import prepare_push
 from pretrained.core.weights_names import candidates
 from pretrained.core.writer import plan_shards, write_checkpoint
-from pretrained.errors import ArgumentError, FileError, NotYetError
+from pretrained.errors import ArgumentError, ConfigError, FileError, NotYetError
 from pretrained.torch.adapters_mixin import adapter_to_write
 from pretrained.torch.dispatch import disk_weights_of
 from pretrained.torch.mapped_mixin import check_files
 from pretrained.torch.offload import ReleaseBehind
 from pretrained.torch.quantize import all_ties, quantized_leaves
+from pretrained.torch.saved_weights import class_of, unknown_aliases, whole_tensors, without_wrappers
 from pretrained.torch.tensors import dtype_name_of
 from pretrained.torch.ties import head_tie
 
@@ -55,11 +58,13 @@ class _TensorSource:
     def read(self) -> memoryview:
         self._behind.enter(self.tensor)
         check_files(self._model)
-        tensor = self.tensor.detach().cpu().contiguous()
-        if not tensor.numel():
-            return memoryview(b"")
-        # A buffer of plain bytes: numpy has no name for every dtype of torch.
-        return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+        return memoryview(_bytes_of(self.tensor).numpy().data)
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's bytes, row by row; of a contiguous one on the CPU without a copy."""
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    return tensor.view(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
 
 
 def save_pretrained(
@@ -139,22 +144,29 @@ def save_pretrained(
         names = {"file_stem": "pytorch_model" if adapter_config is None else stem, "suffix": ".bin"}
     sizes = {key: source.nbytes for key, source in sources.items()}
     plan = plan_shards(sizes, max_shard_size, variant=variant, **names)
+    texts, fault = config_texts(model) if adapter_config is None else ({ADAPTER_CONFIG: adapter_config}, None)
     with errors_with_mend(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    if safe_serialization:
-        if save_function not in (None, torch.save):
-            logger.warning("save_function writes pickles; safetensors files are written without it.")
-        write_checkpoint(folder, plan, sources, {"format": "pt"}, file_stem=stem, variant=variant)
-    else:
-        _refuse_beside_safetensors(folder, variant, plan.file_stem)
-        write_file = _pickle_writer(model, weights, save_function or torch.save)
-        write_checkpoint(
-            folder, plan, sources, file_stem=plan.file_stem, variant=variant, write_file=write_file
-        )
-    if adapter_config is None:
-        write_configs(model, folder)
-    else:
-        write_text_atomically(folder / ADAPTER_CONFIG, adapter_config)
+    with one_saver(folder):
+        if safe_serialization:
+            if save_function not in (None, torch.save):
+                logger.warning("save_function writes pickles; safetensors files are written without it.")
+            write_checkpoint(
+                folder, plan, sources, {"format": "pt"}, file_stem=stem, variant=variant, texts=texts
+            )
+        else:
+            _refuse_beside_safetensors(folder, variant, plan.file_stem)
+            write_checkpoint(
+                folder,
+                plan,
+                sources,
+                file_stem=plan.file_stem,
+                variant=variant,
+                write_file=_pickle_writer(model, weights, save_function or torch.save),
+                texts=texts,
+            )
+    if fault is not None:
+        raise fault
     push(model)
 
 
@@ -175,15 +187,16 @@ def weights_to_write(
         raise ArgumentError("state_dict is not a dictionary", where="state_dict", found=type(state_dict))
     if state_dict is None:
         _refuse_unsavable(model)
-    weights = dict(model.state_dict() if state_dict is None else state_dict)
-    for key, tensor in weights.items():
+    given = dict(model.state_dict() if state_dict is None else state_dict)
+    for key, tensor in given.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
             raise ArgumentError(
                 "state_dict holds something else than tensors by name",
                 where=f"state_dict[{key!r}]",
                 found=type(tensor).__name__,
             )
-    for alias, owner in all_ties(model).items():
+    weights = whole_tensors(without_wrappers(given, model))
+    for alias, owner in {**all_ties(model), **unknown_aliases(model, weights)}.items():
         # Written only where the two have come apart, for then the file must say so.
         if alias in weights and owner in weights and _same_memory(weights[alias], weights[owner]):
             del weights[alias]
@@ -284,31 +297,62 @@ def _pickle_writer(
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach().cpu().contiguous()
-    own = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if own else tensor.clone()
+    """Return a tensor whose storage holds nothing else: a pickle takes whole storages."""
+    if not tensor.numel():
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    # A new view of the same bytes has a storage of its own size, so a contiguous tensor is not copied.
+    return torch.from_numpy(_bytes_of(tensor).numpy()).view(tensor.dtype).view(tensor.shape)
 
 
-def write_configs(model: Any, folder: Path) -> None:
-    """Write config.json and generation_config.json.
+def config_texts(model: Any) -> tuple[dict[str, str], ConfigError | None]:
+    """Return the texts of config.json and generation_config.json.
+
+    The config is set to say which class and dtype are saved, and whether the head is tied.
 
     Args:
         model: A `PreTrainedModel`, with its weights.
-        folder: Where.
+
+    Returns:
+        The texts by file name, and what is wrong with a config that cannot be written.
     """
     config = model.config
     # Set one by one and not by `update`, which would refuse a config that contradicts itself.
-    config.architectures, config.dtype = [type(model).__name__], dtype_name_of(model.dtype)
+    config.architectures, config.dtype = [class_of(model).__name__], dtype_name_of(model.dtype)
     alias, owner = head_tie(model)
     if alias is not None and config.tie_word_embeddings:
         weights = model.state_dict(keep_vars=True)
         if alias in weights and owner in weights and not _same_memory(weights[alias], weights[owner]):
             logger.warning("%s is no longer tied to %s; the config now says so.", alias, owner)
             config.tie_word_embeddings = False
-    config.save_pretrained(folder)
+    texts: dict[str, str] = {}
+    fault = None
+    try:
+        texts[CONFIG_NAME] = config.to_json_string()
+    except ConfigError as error:
+        fault = error
     if model.generation_config is not None:
+        # Days of training are not lost to a sampling flag: the weights are written all the same.
         try:
-            model.generation_config.save_pretrained(folder)
-        except ValueError as error:
-            # Days of training are not lost to a sampling flag: the weights are written all the same.
+            model.generation_config.warn_before_saving()
+            texts[GENERATION_CONFIG_NAME] = model.generation_config.to_json_string()
+        except (ValueError, TypeError) as error:
             logger.warning("generation_config.json was not written: %s", error)
+    return texts, fault
+
+
+def write_configs(model: Any, folder: Path) -> None:
+    """Write config.json and generation_config.json beside weights that something else has written.
+
+    Args:
+        model: A `PreTrainedModel`, with its weights.
+        folder: Where.
+
+    Raises:
+        FileError: one of them cannot be written.
+        ConfigError: the config cannot be written as JSON; the generation config is.
+    """
+    texts, fault = config_texts(model)
+    for name, text in texts.items():
+        write_text_atomically(folder / name, text)
+    if fault is not None:
+        raise fault

@@ -132,6 +132,37 @@ def head_tie(model: Any) -> tuple[str | None, str]:
     return alias, "" if alias is None else ties[True][alias]
 
 
+def shared_by_construction(model: Any) -> dict[str, str]:
+    """Return which parameters are one object and are not declared as ties, as alias -> owner.
+
+    A class of one's own may share modules or parameters in its ``__init__`` and say nothing of it in `ties`.
+
+    Args:
+        model: A model as its class builds it, with or without memory.
+    """
+    first: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(parameter), key)
+        if owner != key:
+            shared[key] = owner
+    if not shared:
+        return {}
+    declared = _declared(model)
+    return {alias: owner for alias, owner in shared.items() if not {alias, owner} & declared}
+
+
+def _declared(model: Any) -> set[str]:
+    """Return the aliases of all ties that a model's class knows, whatever its config says of the head."""
+    config = model.config
+    said, found = config.tie_word_embeddings, set()
+    for word in (True, False):
+        config.tie_word_embeddings = word
+        found |= {*model.ties()}
+    config.tie_word_embeddings = said
+    return found
+
+
 def same_bytes(first: TensorInfo, second: TensorInfo) -> bool:
     """Tell whether two tensors of a checkpoint are one span or hold equal bytes.
 
