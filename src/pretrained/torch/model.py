@@ -24,6 +24,7 @@ from pretrained.torch.adapters_mixin import AdapterMixin
 from pretrained.torch.attention import check_attn_implementation
 from pretrained.torch.checkpointing import CheckpointingMixin
 from pretrained.torch.embeddings_mixin import EmbeddingAccessMixin
+from pretrained.torch.facts_mixin import ModelFactsMixin
 from pretrained.torch.initialise import initialise, initialise_module
 from pretrained.torch.mapped_mixin import MappedModelMixin
 from pretrained.torch.placed_mixin import PlacedModelMixin
@@ -47,6 +48,7 @@ class PreTrainedModel(
     HeadPruningMixin,
     CheckpointingMixin,
     AdapterMixin,
+    ModelFactsMixin,
     PushToHubMixin,
 ):
     """Base of every model.
@@ -79,6 +81,7 @@ class PreTrainedModel(
     _keys_to_ignore_on_load_missing: ClassVar[Sequence[str]] = ()
     _keys_to_ignore_on_load_unexpected: ClassVar[Sequence[str]] = ()
     _keys_to_ignore_on_save: ClassVar[Sequence[str]] = ()
+    _skip_keys_device_placement: ClassVar[str | Sequence[str]] = ()
     _keep_in_fp32_modules: ClassVar[Sequence[str]] = ()
     _keep_in_fp32_modules_strict: ClassVar[Sequence[str]] = ()
 
