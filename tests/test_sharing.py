@@ -154,6 +154,14 @@ def test_configs_and_tokenizers(hub, api, here):
     assert "README.md" not in hub.files("alice/parts")
 
 
+def test_files_in_subfolders_are_pushed_too(hub, api, here, tmp_path):
+    templates = {"default": "{{ 1 }}", "tools": "{{ 2 }}"}
+    tokenizer = AutoTokenizer.from_pretrained(SPELLING, chat_template=templates)
+    tokenizer.save_pretrained(tmp_path / "saved", push_to_hub=True, api=api())
+    assert "additional_chat_templates/tools.jinja" in hub.files("alice/saved")
+    assert AutoTokenizer.from_pretrained("alice/saved", **here).chat_template == templates
+
+
 def test_save_pretrained_pushes_what_it_wrote(hub, api, here, tmp_path):
     folder = tmp_path / "tiny"
     folder.mkdir()
@@ -205,6 +213,37 @@ def test_quantized_and_offloaded_models(hub, api, here, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_adapters(hub, api, here, tmp_path):
+    peft = pytest.importorskip("peft")
+    ids = torch.tensor([[3, 4, 5]])
+    tiny().push_to_hub("alice/base", api=api())
+    model = LlamaForCausalLM.from_pretrained("alice/base", **here)
+    model.add_adapter(
+        peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    )
+    model.push_to_hub("alice/adapter", api=api())
+    files = hub.files("alice/adapter")
+    assert sorted(files) == [
+        ".gitattributes",
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    card = files["README.md"].decode()
+    assert card.startswith("---\nlibrary_name: peft\nbase_model: alice/base\n---\n")
+    assert 'AutoModelForCausalLM.from_pretrained("alice/base")' in card
+    assert 'model.load_adapter("alice/adapter")' in card
+    again = LlamaForCausalLM.from_pretrained("alice/base", **here)
+    again.load_adapter("alice/adapter", **here)
+    assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+    assert not torch.equal(again(ids).logits, tiny()(ids).logits)
+    # By the adapter's own name, the base model is fetched too.
+    whole = AutoModelForCausalLM.from_pretrained("alice/adapter", **here)
+    assert torch.equal(whole(ids).logits, again(ids).logits)
+
+
+@pytest.mark.slow
 def test_transformers_pushes_and_loads_the_same(hub, api, here, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     monkeypatch.setenv("HF_TOKEN", "hf_alice")
@@ -248,7 +287,9 @@ def test_a_card_that_is_there_keeps_its_words(hub, api):
     hub.add("alice/tiny", {"README.md": words})
     tiny().push_to_hub("alice/tiny", api=api())
     assert hub.files("alice/tiny")["README.md"] == words
-    tiny().push_to_hub("alice/tiny", tags=["old", "new"], api=api())
+    model = tiny()
+    model.add_model_tags("new")
+    model.push_to_hub("alice/tiny", tags=["old"], api=api())
     assert hub.files("alice/tiny")["README.md"] == words.replace(b"- old", b"- old\n- new")
 
 

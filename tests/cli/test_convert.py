@@ -412,6 +412,30 @@ def test_killed_anywhere_it_leaves_nothing_that_loads_as_if_whole(
     assert not left(tmp_path)
 
 
+@pytest.mark.parametrize("after", [2, 6, 10, 14, 18])
+def test_killed_while_it_quantizes(source, tmp_path, monkeypatch, after):
+    words = [source, tmp_path / "dst", "--quantize", "int8"]
+    with monkeypatch.context() as patched:
+        dying(patched, after)
+        with contextlib.suppress(Killed):
+            run(*words)
+    if not (tmp_path / "dst").exists():
+        assert run(*words) == 0
+        assert not left(tmp_path)
+    wish = {"quantization_config": {"quant_method": "int8"}}
+    AutoModelForCausalLM.from_pretrained(source, dtype="auto", **wish).save_pretrained(tmp_path / "saved")
+    assert same(values(tmp_path / "dst"), values(tmp_path / "saved"))
+
+
+def test_the_folder_of_the_moment_is_a_place(source, tmp_path, monkeypatch):
+    (tmp_path / "dst").mkdir()
+    monkeypatch.chdir(tmp_path / "dst")
+    (tmp_path / "dst" / "mine.txt").write_text("mine")
+    assert run(source, ".", "--force") == 0
+    assert same(values(tmp_path / "dst"), load_file(source / "model.safetensors"))
+    assert not left(tmp_path)
+
+
 def test_what_a_killed_run_has_finished_is_kept(capsys, source, tmp_path, monkeypatch):
     words = [source, tmp_path / "dst", "--max-shard-size", "8KB"]
     with monkeypatch.context() as patched:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """``pretrained push``, against a server on loopback."""
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,31 @@ def test_the_environment_names_the_server_and_no_framework_is_loaded(hub, tmp_pa
     assert done.returncode == 0, done.stderr
     assert "T5ForConditionalGeneration" in done.stdout
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_a_push_that_was_killed_goes_on_where_it_was(here, capsys, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    (folder / "more.bin").write_bytes(b"more" * 1000)
+    more = hashlib.sha256(b"more" * 1000).hexdigest()
+    here.faults.append(Fault(f"PUT /upload/{more}", delay=4))
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": here.endpoint,
+        "HF_HUB_DISABLE_XET": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    words = [sys.executable, "-m", "pretrained.cli.main", "push", str(folder), "alice/model"]
+    child = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while len(here.objects) < 1 or not here.asked(more):
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    child.kill()
+    child.communicate()
+    assert list(here.files("alice/model")) == [".gitattributes"]
+    here.requests.clear()
+    code, _, err = run_main(capsys, "push", folder, "alice/model")
+    assert (code, err) == (0, "")
+    assert here.asked("PUT") == [f"PUT /upload/{more}"]
+    assert here.files("alice/model")["more.bin"] == b"more" * 1000

@@ -75,6 +75,7 @@ def test_what_a_folder_is_made_of(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     assert files_of(tmp_path) == [".gitattributes", "config.json", "sub/a.txt"]
+    assert files_of(tmp_path / "absent") == []
 
 
 def test_shards_without_an_index_are_not_pushed(tmp_path):

@@ -270,6 +270,28 @@ def test_a_model_without_memory_has_other_shapes():
     assert model.lm_head.weight.is_meta and model.lm_head.weight.shape == (120, 32)
 
 
+def test_a_part_of_a_model_says_so(caplog):
+    model = build()
+    model.resize_token_embeddings(110)
+    build(LlamaModel).resize_token_embeddings(110)
+    assert not caplog.text
+    model.model.resize_token_embeddings(120)
+    assert "LlamaModel was built as a part of LlamaForCausalLM. Where that is still in use" in caplog.text
+    model.resize_token_embeddings(120)
+    assert model(torch.tensor([[110]])).logits.shape == (1, 1, 120)
+
+
+def test_inference_mode_leaves_weights_that_can_be_trained():
+    model = build(GPT2LMHeadModel)
+    with torch.inference_mode():
+        model.resize_token_embeddings(120)
+        model.resize_position_embeddings(40)
+        model.untie_weights()
+    ids = torch.tensor([[3, 110]])
+    model(ids, labels=ids).loss.backward()
+    assert model.lm_head.weight.grad is not None and model.transformer.wpe.weight.grad is not None
+
+
 def test_training_goes_on_with_new_rows():
     model = build(tie_word_embeddings=True)
     ids = torch.tensor([[3, 4, 5]])
@@ -414,6 +436,25 @@ def test_int8_tables(tied, near_mean, tmp_path):
     model.save_pretrained(tmp_path)
     again = LlamaForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again.lm_head.weight, head.weight)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_int8_tables_on_disk(tied, tmp_path):
+    build(tie_word_embeddings=tied).save_pretrained(tmp_path)
+    scheme = {"quantization_config": INT8.to_dict()}
+    plain = LlamaForCausalLM.from_pretrained(tmp_path, **scheme)
+    placed = LlamaForCausalLM.from_pretrained(
+        tmp_path, device_map="disk", offload_folder=tmp_path / "offload", **scheme
+    )
+    for model in (plain, placed):
+        torch.manual_seed(0)
+        model.resize_token_embeddings(120)
+    assert torch.equal(placed.lm_head.weight, plain.lm_head.weight)
+    assert torch.equal(placed.lm_head.weight_scale, plain.lm_head.weight_scale)
+    assert (placed.lm_head.weight is placed.model.embed_tokens.weight) is tied
+    with torch.no_grad():
+        ids = torch.tensor([[3, 119]])
+        assert torch.equal(placed(ids).logits, plain(ids).logits)
 
 
 def test_other_quantized_tables_are_refused():

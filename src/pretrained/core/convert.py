@@ -291,6 +291,7 @@ def work_path(target: Path) -> Path:
     Args:
         target: The path.
     """
+    target = Path(os.path.abspath(target))  # "." has no name of its own
     return target.parent / f".{target.name}.converting"
 
 

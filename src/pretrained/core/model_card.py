@@ -11,9 +11,11 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from pretrained.core.adapter_files import ADAPTER_CONFIG
 from pretrained.core.checkpoint import Checkpoint
 from pretrained.core.config import CONFIG_NAME, read_json_object
 from pretrained.core.files import find_weights, open_checkpoint
+from pretrained.core.hub import is_repo_id
 from pretrained.core.registry import AUTO_CLASSES, FAMILIES
 from pretrained.core.report import format_bytes
 from pretrained.errors import ArgumentError, PretrainedError
@@ -26,6 +28,13 @@ _PIPELINES = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
+}
+_ADAPTER_TASKS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
 # Several tasks may mean one class; these are said only where no other does.
 _VAGUE = ("ForPreTraining", "ForTextEncoding", "WithLMHead")
@@ -63,6 +72,8 @@ def new_card(
         tags: Added to the architecture's.
     """
     names = set(names)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG_NAME).is_file():
+        return _adapter_card(folder, repo_id, tags)
     here = CONFIG_NAME in names and (folder / CONFIG_NAME).is_file()
     config = read_json_object(folder / CONFIG_NAME) if here else {}
     checkpoint = _checkpoint(folder, variant)
@@ -71,9 +82,8 @@ def new_card(
     head = ["---", "library_name: pretrained"]
     if task in _PIPELINES and checkpoint is not None:
         head.append(f"pipeline_tag: {_PIPELINES[task]}")
-    all_tags = [*([model_type] if isinstance(model_type, str) and _is_plain(model_type) else []), *tags]
-    if all_tags:
-        head += ["tags:", *(f"- {_yaml_text(tag)}" for tag in dict.fromkeys(all_tags))]
+    known = [model_type] if isinstance(model_type, str) and _is_plain(model_type) else []
+    head += _tag_lines([*known, *tags])
     parts = ["\n".join([*head, "---"]), f"# {repo_id.rpartition('/')[2]}"]
     if checkpoint is not None or config:
         parts.append(_table(config, architecture, checkpoint))
@@ -111,6 +121,38 @@ def with_tags(text: str, tags: Collection[str]) -> str:
         return text
     card.data["tags"] = known + new
     return str(card)
+
+
+def _adapter_card(folder: Path, repo_id: str, tags: Iterable[str]) -> str:
+    """A card for an adapter, in peft's format, whose base model is elsewhere."""
+    config = read_json_object(folder / ADAPTER_CONFIG)
+    kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
+    head = ["---", "library_name: peft"]
+    # A name on the author's own disk would say nothing to others.
+    shared = isinstance(base, str) and "/" in base and is_repo_id(base) and not Path(base).exists()
+    if shared:
+        head.append(f"base_model: {base}")
+    head += _tag_lines(tags)
+    what = f"An adapter ({kind})" if isinstance(kind, str) and _is_plain(kind) else "An adapter"
+    auto = _ADAPTER_TASKS.get(str(config.get("task_type")), "AutoModel")
+    code = (
+        [f"from pretrained import {auto}", "", f'model = {auto}.from_pretrained("{base}")'] if shared else []
+    )
+    return "\n\n".join(
+        [
+            "\n".join([*head, "---"]),
+            f"# {repo_id.rpartition('/')[2]}",
+            f"{what} for `{base}`." if shared else f"{what}.",
+            "## How to load",
+            "\n".join(["```python", *code, f'model.load_adapter("{repo_id}")', "```"]),
+            _END,
+        ]
+    )
+
+
+def _tag_lines(tags: Iterable[str]) -> list[str]:
+    lines = [f"- {_yaml_text(tag)}" for tag in dict.fromkeys(tags)]
+    return ["tags:", *lines] if lines else []
 
 
 def _checkpoint(folder: Path, variant: str | None) -> Checkpoint | None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CARD: Final = "README.md"
+_ADAPTER: Final = "adapter_config.json"
 
 PUSH_ARGUMENTS: Final = (
     "repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags",
@@ -121,7 +122,7 @@ class PushToHubMixin:
                 token=token,
                 revision=revision,
                 create_pr=create_pr,
-                tags=tags,
+                tags=_with_own_tags(self, tags),
                 api=api,
             )
 
@@ -163,10 +164,17 @@ def prepare_push(
         written = _without_card(name for name, stamp in after.items() if before.get(name) != stamp)
         options = {name: value for name, value in kwargs.items() if name in PUSH_ARGUMENTS}
         repo_id = options.pop("repo_id", None) or folder.absolute().name
+        options["tags"] = _with_own_tags(saved, options.get("tags"))
         options["commit_message"] = options.get("commit_message") or f"Upload {type(saved).__name__}"
         push_files(folder, written, repo_id, **options)
 
     return push_saved
+
+
+def _with_own_tags(saved: Any, tags: Any) -> Any:
+    """Return the tags of a call with those that the object has been given; wrong ones as they are."""
+    own = getattr(saved, "model_tags", None)
+    return tags if not own or isinstance(tags, str) else [*(tags or ()), *own]
 
 
 def refuse_unknown(
@@ -224,6 +232,9 @@ def check_weights(folder: Path, names: Collection[str]) -> None:
 
     for variant, end in sorted(_families(names), key=str):
         open_checkpoint(find_weights(folder, variant=variant, use_safetensors=end == "safetensors"))
+    for name in names:
+        if name.endswith(".safetensors") and _family(name) is None:  # an adapter's, or another model's
+            open_checkpoint(folder / name)
 
 
 def push_files(
@@ -377,7 +388,7 @@ def _card(
         with tempfile.TemporaryDirectory(prefix="pretrained-card-") as cache:
             old_file = api.hf_hub_download(repo_id, _CARD, revision=commit, cache_dir=cache)
             old = Path(old_file).read_text(encoding="utf-8")
-    elif not families and not tags:
+    elif not families and not tags and _ADAPTER not in names:
         return None
     elif (folder / _CARD).is_file():
         return with_tags((folder / _CARD).read_text(encoding="utf-8"), tags)
@@ -406,10 +417,8 @@ def _bars_on_terminals_only() -> Iterator[None]:
 
 def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
     """What tells whether a file of a folder was written: a save renames new files into place."""
-    if not folder.is_dir():
-        return {}
-    stats = ((entry.name, entry.stat()) for entry in os.scandir(folder) if entry.is_file())
-    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats if not name.startswith(".")}
+    stats = ((name, (folder / name).stat()) for name in files_of(folder) if (folder / name).exists())
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats}
 
 
 def _check_arguments(folder: Path, names: Collection[str], repo_id: Any, tags: Any, private: Any) -> None:

@@ -216,8 +216,8 @@ def _check_kind(module: Any, where: str) -> None:
         raise ArgumentError(
             "This layer is of a kind that cannot be resized",
             where=where,
-            expected="an Embedding, a Linear or a Conv1D",
-            found=type(module).__name__,
+            expected="torch's Embedding or Linear, or a Conv1D",
+            found=f"{type(module).__module__}.{type(module).__qualname__}",
             mend="Merge or unload adapters and remove parametrizations first, or replace the layer with "
             "set_input_embeddings or set_output_embeddings.",
         )
@@ -357,6 +357,13 @@ def resize_vocabulary(model: Any, size: int, *, near_mean: bool) -> None:
         CheckpointError: a file that weights are views of was changed.
     """
     check_files(model)
+    if model.__dict__.get("_part_of"):
+        logger.warning(
+            "%s was built as a part of %s. Where that is still in use, resize it instead: what it has beside "
+            "this part keeps the old size.",
+            type(model).__name__,
+            model.__dict__["_part_of"],
+        )
     tables = vocabulary_tables(model)
     rows = tables[0].rows
     changing = [table for table in tables if table.rows != size]
@@ -370,7 +377,8 @@ def resize_vocabulary(model: Any, size: int, *, near_mean: bool) -> None:
     unset = {} if generation is None else _cut(generation._values, size, rows)
     _check_room(changing, size)
     edit = _Edit()
-    with torch.no_grad():
+    # Tensors that are made in inference mode could never be trained.
+    with torch.inference_mode(False), torch.no_grad():
         for table in changing:
             edit.resize(model, table, size, near_mean=near_mean)
     with transaction() as undo:
@@ -420,7 +428,7 @@ def resize_positions(model: Any, path: str, size: int) -> None:
     _check_room([table] if size != rows else [], size)
     edit = _Edit()
     if size != rows:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             fresh = None
             if size > rows and not table.module.weight.is_meta:
                 fresh = model._new_positions(rows, size)
@@ -513,6 +521,7 @@ def untie(model: Any, alias: str, owner: str) -> None:
 
 
 def _copy(parameter: nn.Parameter) -> nn.Parameter:
-    made = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+    with torch.inference_mode(False):
+        made = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
     made.__dict__.update(parameter.__dict__)
     return made
