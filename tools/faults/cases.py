@@ -416,7 +416,7 @@ CASES = [
     Case(W, "a Git LFS pointer", load(), text(WEIGHTS, "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 9\n"), (WEIGHTS,), ("lfs", "pointer")),
     Case(W, "a header of 2^62 bytes", load(), text(WEIGHTS, (2**62).to_bytes(8, "little") + b"{}"), (WEIGHTS,), ("header", "bytes")),
     Case(W, "a header that is no JSON", load(), text(WEIGHTS, (8).to_bytes(8, "little") + b"{'a': 1}"), (WEIGHTS,), ("header", "json")),
-    Case(W, "spans that overlap", load(), header(lambda h: h[UP].update(data_offsets=h["lm_head.weight"]["data_offsets"][:1] + [h["lm_head.weight"]["data_offsets"][0] + 1536])), (WEIGHTS, UP, "lm_head.weight"), ("overlap", "offset", "bytes", "span")),
+    Case(W, "spans that overlap", load(), header(lambda h: h[UP].update(data_offsets=[*h["lm_head.weight"]["data_offsets"][:1], h["lm_head.weight"]["data_offsets"][0] + 1536])), (WEIGHTS, UP, "lm_head.weight"), ("overlap", "offset", "bytes", "span")),
     Case(W, "a span past the end", load(), header(lambda h: h[UP].update(data_offsets=[10**9, 10**9 + 1536])), (WEIGHTS, UP), ("offset", "beyond", "past", "bytes", "span")),
     Case(W, "a shape that is not its bytes'", load(), header(lambda h: h[UP].update(shape=[24, 17])), (WEIGHTS, UP), ("shape", "bytes", "17")),
     Case(W, "a negative shape", load(), header(lambda h: h[UP].update(shape=[-24, -16])), (WEIGHTS, UP), ("-24", "shape", "negative")),
