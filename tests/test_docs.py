@@ -145,6 +145,7 @@ def pages(language: str) -> list:
 def test_python_examples(page, tmp_path, monkeypatch, request):
     lay_out(tmp_path, page.read_text(encoding="utf-8"), request)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as for a script that lies there
     # Examples register classes of their own; other tests must not see them.
     monkeypatch.setattr(pretrained.AutoConfig, "_registered", {})
     for name in pretrained.__all__:

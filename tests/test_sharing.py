@@ -287,7 +287,9 @@ def test_a_card_that_is_there_keeps_its_words(hub, api):
     hub.add("alice/tiny", {"README.md": words})
     tiny().push_to_hub("alice/tiny", api=api())
     assert hub.files("alice/tiny")["README.md"] == words
-    tiny().push_to_hub("alice/tiny", tags=["old", "new"], api=api())
+    model = tiny()
+    model.add_model_tags("new")
+    model.push_to_hub("alice/tiny", tags=["old"], api=api())
     assert hub.files("alice/tiny")["README.md"] == words.replace(b"- old", b"- old\n- new")
 
 

@@ -240,6 +240,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(capsys, tmp_path):
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "(rope_scaling): found dynamic"),
         ({"rope_scaling": LONGROPE, "hidden_size": 32}, "(rope_scaling): found longrope"),
         ({"rope_scaling": YARN | {"attention_factor": 1.5}}, "(rope_scaling): found attention_factor"),
+        ({"pruned_heads": {0: [0, 1]}}, "(pruned_heads): found {0: [0, 1]}"),
     ],
 )
 def test_what_gguf_cannot_say(capsys, tmp_path, values, said):

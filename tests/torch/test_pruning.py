@@ -2,16 +2,19 @@
 """prune_heads on every architecture: a model without heads computes what it computes with them silenced."""
 
 import copy
+import importlib
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pretrained import AutoModel
 from pretrained.errors import ArgumentError, WeightsError
+from pretrained.testing import battery
 from pretrained.testing.battery import Case
 from pretrained.torch.cache import DynamicCache, StaticCache
 from pretrained.torch.models.bert import BertForMaskedLM, BertModel
@@ -341,6 +344,49 @@ def test_a_pruned_folder_of_transformers_4_loads(tmp_path):
         model.encoder.layer[0].attention.self.query.weight,
         weights["encoder.layer.0.attention.self.query.weight"][:4],
     )
+
+
+WRITTEN = Path(__file__).parents[1] / "data" / "pruned-by-transformers-4"
+
+
+@pytest.mark.parametrize("cls", [BertModel, GPT2LMHeadModel, T5EncoderModel])
+def test_folders_that_transformers_4_has_pruned_and_written(cls):
+    """See the README there; 4.57.6 also reads the folders of BERT and GPT-2 that are written here."""
+    folder = WRITTEN / cls.config_class.model_type
+    model, info = cls.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()) and model.config.pruned_heads == {0: [1, 3], 1: [0]}
+    expected = load_file(folder / "expected.safetensors")
+    with torch.no_grad():
+        found = model(expected["input_ids"])[0]
+    torch.testing.assert_close(found, expected["output"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [BertModel, GPT2LMHeadModel])
+def test_pruned_folders_are_written_as_transformers_4_has_them(cls, tmp_path):
+    folder = WRITTEN / cls.config_class.model_type
+    cls.from_pretrained(folder).save_pretrained(tmp_path)
+    ours, theirs = load_file(tmp_path / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert set(ours) == set(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    configs = [json.loads((path / "config.json").read_text()) for path in (tmp_path, folder)]
+    assert configs[0]["pruned_heads"] == configs[1]["pruned_heads"] == {"0": [1, 3], "1": [0]}
+
+
+@pytest.mark.parametrize("case", PRUNABLE, ids=str)
+def test_the_skeleton_of_a_pruned_model(case):
+    heads = some_heads(case.build())
+    module = importlib.import_module(case.model_class.config_class.__module__)
+    family = case.model_class.config_class.__name__.removesuffix("Config")
+    pruned = replace(case, config={**case.config, "pruned_heads": heads}, name=str(case))
+    battery.check_skeleton(pruned, module.skeleton, family)
+
+
+ONE_OF_EACH = {"LlamaModel", "GPT2Model", "BertModel", "DistilBertModel", "T5EncoderModel"}
+
+
+@pytest.mark.parametrize("case", [case for case in PRUNABLE if str(case) in ONE_OF_EACH], ids=str)
+def test_a_pruned_model_is_one_graph(case):
+    heads = some_heads(case.build())
+    battery.check_compiled(replace(case, config={**case.config, "pruned_heads": heads}))
 
 
 def test_files_that_are_not_as_small_as_their_config_says(tmp_path):

@@ -108,6 +108,8 @@ def check_expressible(config: Any, architecture: str) -> None:
     odd = [name for name in ("attention_factor", "mscale", "mscale_all_dim") if scaling.get(name) is not None]
     if kind == "yarn" and (odd or scaling.get("truncate") is False):
         faults.append(("rope_scaling", ", ".join(odd) or "truncate"))
+    if config.pruned_heads:
+        faults.append(("pruned_heads", config.pruned_heads))
     layers = range(config.num_hidden_layers)
     if config.model_type != "mistral" and any(config.window(layer) is not None for layer in layers):
         faults.append(("use_sliding_window", True))

@@ -26,6 +26,7 @@ from pretrained.core.config_values import (
     label_fields,
 )
 from pretrained.core.hub import HubOptions, resolve
+from pretrained.core.own_code import AutoClassMixin, own_code, write_own_code
 from pretrained.core.push import PushToHubMixin, prepare_push
 from pretrained.errors import ArgumentError, ConfigError, FileError, did_you_mean
 
@@ -35,7 +36,7 @@ CONFIG_NAME = "config.json"
 _MAX_JSON_BYTES = 100_000_000
 
 
-class PreTrainedConfig(PushToHubMixin):
+class PreTrainedConfig(AutoClassMixin, PushToHubMixin):
     """Base of every model configuration.
 
     Subclasses set `model_type`, declare fields (``hidden_size: int = 768``) and may give
@@ -51,6 +52,7 @@ class PreTrainedConfig(PushToHubMixin):
     """
 
     model_type: ClassVar[str] = ""
+    _auto_classes: ClassVar[tuple[str, ...]] = ("AutoConfig",)
     attribute_map: ClassVar[dict[str, str]] = {}
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
@@ -391,6 +393,10 @@ class PreTrainedConfig(PushToHubMixin):
             )
         push = prepare_push("Saving a config", folder, push_to_hub, kwargs)
         folder.mkdir(parents=True, exist_ok=True)
+        entries, code = own_code(type(self))
+        write_own_code(folder, code)
+        if entries:
+            self.auto_map = {**(getattr(self, "auto_map", None) or {}), **entries}
         self.to_json_file(folder / CONFIG_NAME)
         push(self)
 

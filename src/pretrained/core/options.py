@@ -23,6 +23,9 @@ Progress = Callable[[int, int, str], None]
 # Long without effect in the ecosystem: loading through an empty shell is how every load works.
 _HARMLESS = ("low_cpu_mem_usage", "offload_state_dict", "_fast_init", "_from_auto", "_commit_hash")
 
+# Auto classes take these; a class that was named runs no code but its own.
+_FOR_AUTO_CLASSES = ("trust_remote_code", "code_revision")
+
 _RETIRED = {
     "use_auth_token": "It is called token now.",
     "resume_download": "Downloads are always resumed; leave it out.",
@@ -40,11 +43,6 @@ _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
     "tp_size": ((None,), _MACHINES),
     "device_mesh": ((None,), _MACHINES),
     "distributed_config": ((None,), _MACHINES),
-    "trust_remote_code": (
-        (None, False),
-        "It comes with the release of sharing; until then register your classes in Python.",
-    ),
-    "code_revision": ((None,), "It comes with the release of sharing."),
     "use_kernels": ((None, False), _UNPLANNED),
     "kernel_config": ((None,), _UNPLANNED),
     "allow_all_kernels": ((None, False), _UNPLANNED),
@@ -231,7 +229,7 @@ def refuse(kwargs: MutableMapping[str, Any]) -> None:
         NotYetError: a name of a later release, with a value that asks for something.
         ArgumentError: a known name with a value of the wrong type.
     """
-    for name in _HARMLESS:
+    for name in (*_HARMLESS, *_FOR_AUTO_CLASSES):
         kwargs.pop(name, None)
     for name, advice in _RETIRED.items():
         if name in kwargs:

@@ -122,7 +122,7 @@ class PushToHubMixin:
                 token=token,
                 revision=revision,
                 create_pr=create_pr,
-                tags=tags,
+                tags=_with_own_tags(self, tags),
                 api=api,
             )
 
@@ -164,10 +164,17 @@ def prepare_push(
         written = _without_card(name for name, stamp in after.items() if before.get(name) != stamp)
         options = {name: value for name, value in kwargs.items() if name in PUSH_ARGUMENTS}
         repo_id = options.pop("repo_id", None) or folder.absolute().name
+        options["tags"] = _with_own_tags(saved, options.get("tags"))
         options["commit_message"] = options.get("commit_message") or f"Upload {type(saved).__name__}"
         push_files(folder, written, repo_id, **options)
 
     return push_saved
+
+
+def _with_own_tags(saved: Any, tags: Any) -> Any:
+    """Return the tags of a call with those that the object has been given; wrong ones as they are."""
+    own = getattr(saved, "model_tags", None)
+    return tags if not own or isinstance(tags, str) else [*(tags or ()), *own]
 
 
 def refuse_unknown(

@@ -15,13 +15,16 @@ from pretrained.core.config_values import hints
 from pretrained.core.generation_config import GenerationConfig
 from pretrained.core.keys import KeyRule
 from pretrained.core.options import refuse
+from pretrained.core.own_code import AutoClassMixin
 from pretrained.core.push import PushToHubMixin
+from pretrained.core.registry import AUTO_CLASSES
 from pretrained.errors import ArgumentError, UnknownArgumentError
 from pretrained.torch import load, save
 from pretrained.torch.adapters_mixin import AdapterMixin
 from pretrained.torch.attention import check_attn_implementation
 from pretrained.torch.checkpointing import CheckpointingMixin
 from pretrained.torch.embeddings_mixin import EmbeddingAccessMixin
+from pretrained.torch.facts_mixin import ModelFactsMixin
 from pretrained.torch.initialise import initialise, initialise_module
 from pretrained.torch.mapped_mixin import MappedModelMixin
 from pretrained.torch.placed_mixin import PlacedModelMixin
@@ -34,6 +37,7 @@ from pretrained.torch.utils_mixin import ModuleUtilsMixin
 
 
 class PreTrainedModel(
+    AutoClassMixin,
     QuantizedModelMixin,
     MappedModelMixin,
     PlacedModelMixin,
@@ -44,6 +48,7 @@ class PreTrainedModel(
     HeadPruningMixin,
     CheckpointingMixin,
     AdapterMixin,
+    ModelFactsMixin,
     PushToHubMixin,
 ):
     """Base of every model.
@@ -66,6 +71,7 @@ class PreTrainedModel(
 
     config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
     base_model_prefix: ClassVar[str] = ""
+    _auto_classes = tuple(AUTO_CLASSES.values())
     main_input_name: ClassVar[str] = "input_ids"
     key_rules: ClassVar[Sequence[KeyRule]] = ()
 
@@ -75,6 +81,7 @@ class PreTrainedModel(
     _keys_to_ignore_on_load_missing: ClassVar[Sequence[str]] = ()
     _keys_to_ignore_on_load_unexpected: ClassVar[Sequence[str]] = ()
     _keys_to_ignore_on_save: ClassVar[Sequence[str]] = ()
+    _skip_keys_device_placement: ClassVar[str | Sequence[str]] = ()
     _keep_in_fp32_modules: ClassVar[Sequence[str]] = ()
     _keep_in_fp32_modules_strict: ClassVar[Sequence[str]] = ()
 

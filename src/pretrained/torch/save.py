@@ -18,6 +18,7 @@ from pretrained.core.atomic_files import errors_with_mend, one_saver, write_text
 from pretrained.core.config import CONFIG_NAME
 from pretrained.core.disk_space import free_bytes
 from pretrained.core.generation_config import GENERATION_CONFIG_NAME
+from pretrained.core.own_code import own_code, write_own_code
 from pretrained.core.push import prepare_push
 from pretrained.core.weights_names import candidates
 from pretrained.core.writer import plan_shards, write_checkpoint
@@ -135,6 +136,9 @@ def save_pretrained(
         max_shard_size = sum(tensor.nbytes for tensor in weights.values()) + 1
     else:
         weights = weights_to_write(model, state_dict, save_original_format)
+    code_map, code = own_code(class_of(model), type(model.config)) if adapter_config is None else ({}, {})
+    if code_map:
+        model.config.auto_map = {**(getattr(model.config, "auto_map", None) or {}), **code_map}
     stem = "model" if adapter_config is None else ADAPTER_STEM
     behind = ReleaseBehind(disk_weights_of(model))
     sources = {key: _TensorSource(tensor, behind, model) for key, tensor in weights.items()}
@@ -148,6 +152,8 @@ def save_pretrained(
     with errors_with_mend(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with one_saver(folder):
+        write_own_code(folder, {name: text for name, text in code.items() if "/" in name})
+        texts |= {name: text for name, text in code.items() if "/" not in name}
         if safe_serialization:
             if save_function not in (None, torch.save):
                 logger.warning("save_function writes pickles; safetensors files are written without it.")
