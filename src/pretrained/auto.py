@@ -201,7 +201,7 @@ class _AutoModel:
             raise ArgumentError(
                 "Nothing to load from",
                 where="pretrained_model_name_or_path",
-                found=None,
+                found="None",
                 mend="Pass a name or path, or both config= and state_dict=.",
             )
         check_config(config)

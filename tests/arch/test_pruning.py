@@ -107,7 +107,7 @@ def test_multi_query_attention_has_no_groups_to_cut():
         (T5Config, {6: [0]}, "a head that the model does not have"),
         (T5Config, {0: list(range(8))}, "without any head"),
     ],
-    ids=str,
+    ids=["llama-groups", "llama-absent", "llama-all", "t5-absent", "t5-all"],
 )
 def test_configs_that_cannot_be(build, pruned, text):
     with pytest.raises(ConfigError, match=text):

@@ -38,7 +38,7 @@ def find_source(path: str | Path | Source | None, options: LoadOptions) -> Sourc
             raise ArgumentError(
                 "Nothing to load from",
                 where="pretrained_model_name_or_path",
-                found=None,
+                found="None",
                 mend="Pass a name or path, or both config= and state_dict=.",
             )
         return None
