@@ -392,3 +392,16 @@ def test_the_layer_of_gpt2_is_copied_and_pickled_as_itself():
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert type(twin) is Conv1D and torch.equal(twin.weight, layer.weight)
     assert isinstance(layer, sys.modules["transformers.pytorch_utils"].Conv1D)
+
+
+@pytest.mark.realweights
+@pytest.mark.slow
+def test_adapters_train_on_packed_gguf_blocks(smollm2_gguf):
+    packed = {"quant_method": "gguf"}
+    model = AutoModelForCausalLM.from_pretrained(smollm2_gguf, quantization_config=packed, dtype="bfloat16")
+    plain = logits(model)
+    model.add_adapter(lora("q_proj"))
+    assert torch.equal(logits(model), plain)
+    model(IDS, labels=IDS).loss.backward()
+    grads = [name for name, value in model.named_parameters() if value.grad is not None]
+    assert grads and all("lora_" in name for name in grads)
