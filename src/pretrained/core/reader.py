@@ -112,7 +112,6 @@ class MappedFiles:
                     self._maps[file] = mapped = _map(opened, size)
                 if mapped is not None:
                     self.states[file] = state
-                    _ask_for_huge_pages(mapped)
             return self._maps[file]
 
     def is_mapped(self, file: Path) -> bool:
@@ -213,17 +212,6 @@ def _map(opened: BinaryIO, size: int) -> memoryview | None:
         return None
 
 
-def _ask_for_huge_pages(mapped: memoryview) -> None:
-    """Let the system keep the file in pieces of 2 MB where its file system can (ext4, XFS and others).
-
-    One fault then brings 512 pages, and one entry of the page table is all that is undone when they are let
-    go of: what a pass over weights on disk costs beside computing shrinks from tenths of a second for each
-    gigabyte to milliseconds.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        _advise(np.frombuffer(mapped, np.uint8).ctypes.data, len(mapped), mmap.MADV_HUGEPAGE)
-
-
 def _map_without_descriptor(opened: BinaryIO, size: int) -> memoryview:
     """Ask the system itself for the map that `_map` describes, which Python before 3.13 cannot."""
     address = _map_at(opened.fileno(), 0, size)
@@ -284,7 +272,7 @@ def populate_pages(address: int, nbytes: int) -> None:
 
 
 def read_into_cache(descriptor: int, start: int, length: int) -> None:
-    """Bring a part of a file into the page cache, in huge pages where the file system has them.
+    """Bring a part of a file into the page cache.
 
     The pages are the system's: they count as no process's memory.
 
@@ -298,8 +286,6 @@ def read_into_cache(descriptor: int, start: int, length: int) -> None:
     with contextlib.suppress(OSError, AttributeError):
         address = _map_at(descriptor, first, nbytes)
         try:
-            with contextlib.suppress(OSError):
-                _advise(address, nbytes, mmap.MADV_HUGEPAGE)
             _advise(address, nbytes, _POPULATE_READ)
             return
         finally:
