@@ -199,7 +199,7 @@ class DiskWeights:
     """
 
     def __init__(self, expected: Mapping[Path, FileState] | None = None) -> None:
-        self._maps = MappedFiles(expected)
+        self._maps = MappedFiles(expected, huge_pages=True)
         self._files: dict[Path, WatchedFile] = {}
         self._spans: dict[int, Span] = {}
         self._cleanups: list[weakref.finalize[..., Any]] = []
