@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import inspect
 import logging
+import mmap
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -64,7 +65,11 @@ class _TensorSource:
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor's bytes, row by row; of a contiguous one on the CPU without a copy."""
-    tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+    if tensor.numel() and not tensor.is_contiguous():
+        # Memory of its own, which goes back to the system with it; the heap keeps what several tensors took.
+        room = torch.frombuffer(mmap.mmap(-1, tensor.numel() * tensor.element_size()), dtype=tensor.dtype)
+        tensor = room.view(tensor.shape).copy_(tensor)
     return tensor.view(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
 
 
