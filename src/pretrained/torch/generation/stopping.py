@@ -123,6 +123,22 @@ class StopStringCriteria(StoppingCriteria):
         return any(text.find(stop, max(len(before) - len(stop) + 1, 0)) >= 0 for stop in self.stop_strings)
 
 
+class ConfidenceCriteria(StoppingCriteria):
+    """A row is finished when the probability of its last token was low: for models that draft.
+
+    Args:
+        assistant_confidence_threshold: The least probability to go on with.
+    """
+
+    def __init__(self, assistant_confidence_threshold: float) -> None:
+        self.assistant_confidence_threshold = assistant_confidence_threshold
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Return [rows], True for rows whose last token was unsure."""
+        probs = scores[-1].softmax(-1).gather(1, input_ids[:, -1:])[:, 0]
+        return probs < self.assistant_confidence_threshold
+
+
 class StoppingCriteriaList(list[Callable[..., torch.Tensor | bool]]):
     """Rules of which any finishes a row."""
 
