@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pretrained.core.untrusted import fault_of
+from pretrained.core.untrusted import fault_of, refuse_link_out
 from pretrained.core.weights_names import INDEX_NAME, choose_weights, few
 from pretrained.errors import ArgumentError, CheckpointError, FileError, did_you_mean
 
@@ -125,6 +125,8 @@ class Source:
         if self.names is not None and name in self.names:
             return self._fetch(name)
         if self.names is None and os.path.isfile(self.folder / name):
+            if self.path != self.folder / name:  # what the user names may be any link
+                refuse_link_out(self.folder, self.folder / name)
             return self.folder / name
         if not required:
             return None
