@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 JOBS ?= 2
 
-.PHONY: help demo test models lint types check bench clean
+.PHONY: help demo test models lint types check bench fuzz clean
 
 help:  ## List these commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ check: lint types test  ## Everything that CI runs
 
 bench: $(VENV)/.test models  ## Measure speed and memory beside the peers
 	$(BIN)/python benchmarks/run.py
+
+fuzz: $(VENV)/.test  ## Feed 100,000 mutated files to the readers (minutes)
+	$(BIN)/python tools/fuzz.py --record docs/fuzzing.json
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build dist

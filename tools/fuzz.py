@@ -38,7 +38,29 @@ SHARES = {
     "generation": 30, "tokenizer": 60, "tokenizer_config": 30, "template": 60, "model": 20,
 }  # fmt: skip
 ROOT = Path(__file__).resolve().parent.parent
-EDGES = (0, 1, 2, 3, 7, 8, 31, 32, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
+EDGES = (
+    0,
+    1,
+    2,
+    3,
+    7,
+    8,
+    31,
+    32,
+    127,
+    128,
+    255,
+    256,
+    2**15,
+    2**16 - 1,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+)
 ODD = (None, True, False, 0, -1, 1, 2, 0.5, -0.0, 1e308, float("nan"), float("inf"), 2**31, 2**62, 2**70, -(2**63), "", "x", "\0", "../x", "os.system", "9" * 30, [], [[]], [1], {}, {"a": 1}, ["x"] * 3)  # fmt: skip
 
 
@@ -49,7 +71,11 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.choice((1, 1, 1, 2, 3, 8))):
         if not out:
             break
-        spot = min(len(out) - 1, int(rng.expovariate(4 / len(out)))) if rng.random() < 0.6 else rng.randrange(len(out))
+        spot = (
+            min(len(out) - 1, int(rng.expovariate(4 / len(out))))
+            if rng.random() < 0.6
+            else rng.randrange(len(out))
+        )
         if rng.random() < 0.25:
             spot = len(out) - 1 - spot
         match rng.randrange(9):
@@ -105,7 +131,9 @@ def mutate_value(value: object, rng: random.Random) -> object:
                 out[spot] = mutate_value(out[spot], rng)
         return out
     if isinstance(value, int) and not isinstance(value, bool) and rng.random() < 0.6:
-        return rng.choice((value + 1, value - 1, -value, value * 2, value * 2**32, rng.choice(EDGES), float(value)))
+        return rng.choice(
+            (value + 1, value - 1, -value, value * 2, value * 2**32, rng.choice(EDGES), float(value))
+        )
     if isinstance(value, str) and rng.random() < 0.4:
         return rng.choice((value[:-1], value + value, value.upper(), value + "\0", value[::-1]))
     return rng.choice(ODD)
@@ -191,11 +219,20 @@ class Kind:
 def write_seeds(top: Path) -> dict[str, list[Kind]]:
     """Write the valid folders; each kind of input has one or more."""
     import torch
+
     from support import hostile, opening
     from support.gguf_files import write_gguf
 
     good = hostile.write_base(top / "good")
-    generation = json.dumps({"max_length": 9, "do_sample": True, "temperature": 0.5, "eos_token_id": [1, 2], "bad_words_ids": [[1]]})
+    generation = json.dumps(
+        {
+            "max_length": 9,
+            "do_sample": True,
+            "temperature": 0.5,
+            "eos_token_id": [1, 2],
+            "bad_words_ids": [[1]],
+        }
+    )
     (good / "generation_config.json").write_text(generation)
     (good / "chat_template.jinja").write_bytes(TEMPLATE)
     tensors = {
@@ -209,7 +246,9 @@ def write_seeds(top: Path) -> dict[str, list[Kind]]:
         (path / drop).unlink()
         return path
 
-    zipped, legacy, gguf, index, small = (folder(name) for name in ("zip", "legacy", "gguf", "index", "small"))
+    zipped, legacy, gguf, index, small = (
+        folder(name) for name in ("zip", "legacy", "gguf", "index", "small")
+    )
     torch.save(tensors, zipped / "pytorch_model.bin")
     torch.save(tensors, legacy / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     from support.checkpoints import tiny_llama
@@ -275,7 +314,9 @@ def outcome_of(kind: Kind) -> tuple[str, str]:
     return result
 
 
-def run_slice(seed: int, name: str, numbers: range, seeds: dict[str, list[Kind]], note=None) -> tuple[Counter, list]:
+def run_slice(
+    seed: int, name: str, numbers: range, seeds: dict[str, list[Kind]], note=None
+) -> tuple[Counter, list]:
     """Run inputs of one kind by their numbers.
 
     Args:
@@ -384,7 +425,9 @@ def prepare() -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--count", type=int, default=100_000, help="inputs in all")
     parser.add_argument("--kind", choices=SHARES, help="only this kind")
@@ -411,7 +454,9 @@ def main() -> int:
             count = -(-options.count * SHARES[name] // whole)
             total: Counter = Counter()
             for first in range(0, count, options.batch):
-                counts, bugs = in_fork(options.seed, name, range(first, min(count, first + options.batch)), seeds)
+                counts, bugs = in_fork(
+                    options.seed, name, range(first, min(count, first + options.batch)), seeds
+                )
                 total.update(counts)
                 all_bugs += [(name, *bug) for bug in bugs]
             rows[name] = dict(total)
@@ -419,7 +464,7 @@ def main() -> int:
     for bug in all_bugs[:40]:
         print(*bug)
     record = {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "seed": options.seed,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "seed": options.seed,
         "inputs": sum(sum(row.values()) for row in rows.values()), "seconds": round(time.monotonic() - began),
         "limits": {"seconds": SECONDS, "bytes": MEMORY}, "versions": versions(), "kinds": rows, "bugs": len(all_bugs),
     }  # fmt: skip

@@ -21,6 +21,7 @@ MAX_CHARACTERS = 4_000_000
 """Length of a string or list that an operator, filter or method of a template makes, and of the output."""
 
 _STEPS_PER_CALL = 10
+_STEPS_PER_LOOK = 16  # at the clock
 _MOST_BITS = 10_000
 
 
@@ -42,10 +43,13 @@ class Budget:
     def spend_step(self) -> None:
         """Take an iteration of a loop off the budget, or raise OverBudgetError."""
         self._spend(1)
+        if self._steps % _STEPS_PER_LOOK == 0:
+            self.spend_time()
 
     def spend_call(self) -> None:
         """Take a call off the budget, or raise OverBudgetError."""
         self._spend(_STEPS_PER_CALL)
+        self.spend_time()
 
     def spend_time(self) -> None:
         """Raise OverBudgetError where the time is over."""
@@ -56,7 +60,6 @@ class Budget:
         self._steps -= steps
         if self._steps < 0:
             raise OverBudgetError(f"more than {MAX_STEPS:,} steps")
-        self.spend_time()
 
     def spend_output(self, count: int) -> None:
         """Take characters of output off the budget, or raise OverBudgetError."""
