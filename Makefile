@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 JOBS ?= 2
 
-.PHONY: help demo test models lint types check bench fuzz clean
+.PHONY: help demo test models lint types check bench faults fuzz clean
 
 help:  ## List these commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ bench: $(VENV)/.test models  ## Measure speed and memory beside the peers
 
 fuzz: $(VENV)/.test  ## Feed 100,000 mutated files to the readers (minutes)
 	$(BIN)/python tools/fuzz.py --record docs/fuzzing.json
+
+faults: $(VENV)/.test  ## Run the fault suite beside transformers, into docs/FAULTS.md
+	$(BIN)/python tools/faults/run.py
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build dist

@@ -2,6 +2,8 @@
 """What all tests share: real models where they are at hand, and a quiet, small process."""
 
 import os
+import time
+import types
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,33 @@ def two_threads():
 
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def hub_server():
+    """A server that speaks the Hub's API on loopback."""
+    from support.hub_server import HubServer
+
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def hub(hub_server, monkeypatch):
+    """That server, empty; no token is stored, and waits between retries take no time."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    hub_server.reset()
+    quick = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    monkeypatch.setattr("huggingface_hub.utils._http.time", quick)
+    monkeypatch.setattr("huggingface_hub.file_download.time", quick)
+    for name, value in hub_server.constants().items():
+        monkeypatch.setattr(constants, name, value)
+        # Versions before 1.0 keep a copy of one of them there.
+        if hasattr(huggingface_hub.file_download, name):
+            monkeypatch.setattr(huggingface_hub.file_download, name, value)
+    monkeypatch.setenv("HF_TOKEN", "")
+    yield hub_server
+    # Of another name before 1.0; either drops the connections that stay open.
+    (getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils.reset_sessions)()

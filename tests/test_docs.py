@@ -100,6 +100,34 @@ def lay_out(folder: Path, text: str, request: pytest.FixtureRequest) -> None:
     if "tests/data" in text:
         (folder / "tests").mkdir()
         (folder / "tests" / "data").symlink_to(ROOT / "tests" / "data", target_is_directory=True)
+    if text.startswith("# Sharing"):
+        serve_a_hub(folder, request)
+
+
+def serve_a_hub(folder: Path, request: pytest.FixtureRequest) -> None:
+    """Let a page talk to a Hub of its own on loopback, in which it is the user "me"."""
+    from huggingface_hub import close_session, constants
+
+    from support.hub_server import HubServer
+
+    monkeypatch = request.getfixturevalue("monkeypatch")
+    hub = request.getfixturevalue("hub_servers").enter_context(HubServer())
+    hub.add("somebody/else", {"config.json": b"{}"})
+    request.addfinalizer(close_session)
+    for name, value in hub.constants().items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / ".hub"))
+    # For commands, which are processes of their own.
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("HF_HUB_CACHE", str(folder / ".hub"))
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setenv("HF_TOKEN", "hf_me")
+
+
+@pytest.fixture
+def hub_servers():
+    with contextlib.ExitStack() as stack:
+        yield stack
 
 
 def pages(language: str) -> list:
@@ -117,6 +145,7 @@ def pages(language: str) -> list:
 def test_python_examples(page, tmp_path, monkeypatch, request):
     lay_out(tmp_path, page.read_text(encoding="utf-8"), request)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as for a script that lies there
     # Examples register classes of their own; other tests must not see them.
     monkeypatch.setattr(pretrained.AutoConfig, "_registered", {})
     for name in pretrained.__all__:
@@ -156,7 +185,7 @@ def run_command(command: str, folder: Path) -> str:
         "PYTHONPATH": source,
         "COLUMNS": "100",
         "NO_COLOR": "1",
-        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_OFFLINE": "0" if "127.0.0.1" in os.environ.get("HF_ENDPOINT", "") else "1",
     }
     done = subprocess.run(
         [sys.executable, "-m", "pretrained.cli.main", *words[1:]],

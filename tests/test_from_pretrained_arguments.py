@@ -121,7 +121,6 @@ def test_names_without_effect(saved, cls, name):
 ASKING = {
     "max_memory": {0: "1GB"},
     "quantization_config": {"quant_method": "gptq"},
-    "adapter_name": "mine",
     "tp_plan": "auto",
 }
 

@@ -8,15 +8,18 @@ picks. Importing this module loads no framework; a model's module is imported wh
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from pretrained.arch.gguf import gguf_config
+from pretrained.core.adapter_files import base_of, is_adapter
 from pretrained.core.config import CONFIG_NAME, PreTrainedConfig, read_json_object
 from pretrained.core.files import find_weights, open_checkpoint
 from pretrained.core.hub import HubOptions, Source, resolve
 from pretrained.core.options import LoadOptions, check_config, refuse
+from pretrained.core.own_code import CodeOptions, load_class, refuse_code
 from pretrained.core.registry import FAMILIES, family, load_name, model_class_name, model_type_of
 from pretrained.errors import ArgumentError
 
@@ -67,7 +70,8 @@ class AutoConfig:
         Args:
             pretrained_model_name_or_path: Folder, file or hub id.
             **kwargs: Hub arguments (`revision`, `subfolder`, `token`, ...), `gguf_file` to read the
-                config out of a GGUF file of the folder, `return_unused_kwargs=True` to get ``(config,
+                config out of a GGUF file of the folder, `trust_remote_code=True` to run a class that comes
+                with the model, `return_unused_kwargs=True` to get ``(config,
                 rest)``, and values that override the file's.
 
         Returns:
@@ -77,11 +81,14 @@ class AutoConfig:
             FileError: there is no such path, or no config in it.
             ConfigError: the file is no config, or its model_type is absent or unknown.
         """
+        code = CodeOptions.take(kwargs)
         refuse(kwargs)
         source = resolve(pretrained_model_name_or_path, HubOptions.take(kwargs))
         values, file = _read_values(source, kwargs.pop("gguf_file", None))
         values["_name_or_path"] = source.name
-        config_class = cls._class_of(model_type_of(values), where=file)
+        config_class = _own_class(cls, values.get("model_type"), values, file, lambda: source, code)
+        if config_class is None:
+            config_class = cls._class_of(model_type_of(values), where=file)
         return config_class.from_dict(values, **kwargs)
 
     @classmethod
@@ -176,7 +183,9 @@ class _AutoModel:
                 `state_dict`.
             *model_args: Passed to the constructor after the config.
             config: A config object, or where to read one; None for the one beside the weights.
-            **kwargs: As for the models' own ``from_pretrained``. Without a config object, those that
+            **kwargs: As for the models' own ``from_pretrained``, and `trust_remote_code=True` to run a class
+                that comes with the model; of a repository, at a `revision` that is named (`code_revision`
+                where the code is in another). Without a config object, those that
                 are attributes of the config override it.
 
         Returns:
@@ -192,13 +201,16 @@ class _AutoModel:
             raise ArgumentError(
                 "Nothing to load from",
                 where="pretrained_model_name_or_path",
-                found=None,
+                found="None",
                 mend="Pass a name or path, or both config= and state_dict=.",
             )
         check_config(config)
+        code = CodeOptions.take(kwargs)
+        code_source: Source | None = None
         if not isinstance(config, PreTrainedConfig):
-            path, config, kwargs = _read_config(path, config, kwargs)
-        return cls._class_of(config).from_pretrained(path, *model_args, config=config, **kwargs)
+            path, code_source, config, kwargs = _read_config(path, config, kwargs, code)
+        model_class = cls._class_of(config, code_source, code)
+        return model_class.from_pretrained(path, *model_args, config=config, **kwargs)
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
@@ -206,12 +218,13 @@ class _AutoModel:
 
         Args:
             config: Says which architecture, and its sizes.
-            **kwargs: `dtype`, `attn_implementation`; the rest goes to the constructor.
+            **kwargs: `dtype`, `attn_implementation`, `trust_remote_code`; the rest goes to the constructor.
 
         Raises:
             ArgumentError: the model_type has no class for this task, or `config` is no config object.
         """
-        return cls._class_of(config)._from_config(config, **kwargs)
+        code = CodeOptions.take(kwargs)
+        return cls._class_of(config, None, code)._from_config(config, **kwargs)
 
     @classmethod
     def register(cls, config_class: type[PreTrainedConfig], model_class: Any, exist_ok: bool = False) -> None:
@@ -242,7 +255,7 @@ class _AutoModel:
         cls._registered[config_class] = model_class
 
     @classmethod
-    def _class_of(cls, config: Any) -> Any:
+    def _class_of(cls, config: Any, source: Source | None = None, code: CodeOptions | None = None) -> Any:
         if not isinstance(config, PreTrainedConfig):
             raise ArgumentError(
                 f"{cls.__name__} needs a config object",
@@ -253,6 +266,16 @@ class _AutoModel:
             )
         if type(config) in cls._registered:
             return cls._registered[type(config)]
+        own = _own_class(
+            cls,
+            config.model_type,
+            config.__dict__,
+            config.name_or_path or "config",
+            lambda: source if source is not None else resolve(config.name_or_path),
+            code or CodeOptions(),
+        )
+        if own is not None:
+            return own
         if config.model_type not in FAMILIES:
             raise ArgumentError(
                 f"{cls.__name__} has no class for {type(config).__name__}",
@@ -343,24 +366,24 @@ class AutoModelWithLMHead(_AutoModel):
     _task = "WithLMHead"
 
     @classmethod
-    def _class_of(cls, config: Any) -> Any:
+    def _class_of(cls, config: Any, source: Source | None = None, code: CodeOptions | None = None) -> Any:
         warnings.warn(
             "AutoModelWithLMHead is deprecated; use AutoModelForCausalLM, AutoModelForMaskedLM or "
             "AutoModelForSeq2SeqLM.",
             FutureWarning,
             stacklevel=3,
         )
-        return super()._class_of(config)
+        return super()._class_of(config, source, code)
 
 
 def _read_config(
-    path: Any, config: str | Path | None, kwargs: dict[str, Any]
-) -> tuple[Source | None, PreTrainedConfig, dict[str, Any]]:
+    path: Any, config: str | Path | None, kwargs: dict[str, Any], code: CodeOptions
+) -> tuple[Source | None, Source, PreTrainedConfig, dict[str, Any]]:
     """Read the config of a load.
 
     Returns:
-        Where the weights are, looked up once; the config, with the call's overrides in it; and the
-        arguments that are left for the model's own ``from_pretrained``.
+        Where the weights are, looked up once; where the config is; the config, with the call's overrides
+        in it; and the arguments that are left for the model's own ``from_pretrained``.
     """
     refuse(kwargs)
     hub_options = HubOptions.take(kwargs)
@@ -370,11 +393,43 @@ def _read_config(
     # A GGUF file holds the config of its own weights only.
     gguf_file = for_load.get("gguf_file") if config is None else None
     config_source = resolve(config, hub_options) if config is not None else source
+    if config is None and source is not None and is_adapter(source, for_load.get("variant")):
+        config_source = base_of(source)
     assert config_source is not None  # from_pretrained refuses a call with neither
     found, rest = AutoConfig.from_pretrained(
-        config_source, gguf_file=gguf_file, return_unused_kwargs=True, **kwargs
+        config_source,
+        gguf_file=gguf_file,
+        return_unused_kwargs=True,
+        trust_remote_code=code.trust,
+        code_revision=code.revision,
+        **kwargs,
     )
-    return source, found, rest | for_load
+    return source, config_source, found, rest | for_load
+
+
+def _own_class(
+    asking: type[Any],
+    model_type: Any,
+    values: Mapping[str, Any],
+    where: object,
+    source: Callable[[], Source],
+    code: CodeOptions,
+) -> Any:
+    """Return the class that a config's auto_map names for an Auto class; None where another is to be used.
+
+    Raises:
+        ConfigError: it is the only one there is, and its code is not to be run.
+    """
+    auto_map = values.get("auto_map")
+    if not isinstance(auto_map, Mapping) or asking.__name__ not in auto_map:
+        return None
+    if isinstance(model_type, str) and model_type in AutoConfig._registered and asking is AutoConfig:
+        return None
+    if code.trust:
+        return load_class(source(), auto_map, asking.__name__, code)
+    if model_type in FAMILIES:
+        return None
+    raise refuse_code(auto_map[asking.__name__], where, f"{asking.__name__}.from_pretrained")
 
 
 def _refuse_instance(cls: type, mend: str) -> NoReturn:

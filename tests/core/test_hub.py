@@ -354,7 +354,7 @@ def test_unreachable_hub_falls_back_to_the_cache(options, caplog):
         ("org/none", {"token": None}, r"no token was sent, since none is stored"),
         ("org/tiny", {"token": True}, r"token=True needs a stored login"),
         ("org/hidden", {}, r"or it is private .*for a private one pass token="),
-        ("org/gated", {}, r"'org/gated' is gated: .* Ask at https://huggingface.co/org/gated"),
+        ("org/gated", {}, r"'org/gated' is gated: .* Ask at http://127.0.0.1:\d+/org/gated"),
         ("org/refused", {}, r"The Hub refused access to 'org/refused'"),
         ("org/busy", {}, r"too many requests"),
         ("org/broken", {}, r"The Hub answered with status 500"),

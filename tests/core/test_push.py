@@ -1,115 +1,114 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sharing, against a stand-in for the Hub's client."""
+"""Sharing, as far as it needs no server: tests/test_sharing.py has the rest."""
 
-from pathlib import Path
-from types import SimpleNamespace
+import json
 
 import pytest
 
-from pretrained.core.push import PushToHubMixin
-from pretrained.errors import FileError
+from pretrained.core.model_card import new_card, with_tags
+from pretrained.core.push import PushToHubMixin, check_weights, files_of, prepare_push, replaced
+from pretrained.errors import ArgumentError, FileError, UnknownArgumentError
 
 
 class Thing(PushToHubMixin):
     """Something that can be saved."""
 
     def save_pretrained(self, folder, **options):
-        self.options = options
-        (Path(folder) / "config.json").write_text("{}")
-
-
-class FakeApi:
-    """Records the calls and what the uploaded folder held."""
-
-    def __init__(self, card=None, fault=None):
-        self.calls, self.files, self.card, self.fault = [], {}, card, fault
-
-    def create_repo(self, repo_id, **kwargs):
-        self.calls.append(("create_repo", repo_id, kwargs))
-        if self.fault:
-            raise self.fault
-        return SimpleNamespace(repo_id=f"me/{repo_id}")
-
-    def create_branch(self, repo_id, **kwargs):
-        self.calls.append(("create_branch", repo_id, kwargs))
-
-    def file_exists(self, repo_id, name, revision=None):
-        return self.card is not None
-
-    def hf_hub_download(self, repo_id, name, revision=None):
-        return self.card
-
-    def upload_folder(self, *, folder_path, **kwargs):
-        self.files = {p.name: p.read_text() for p in Path(folder_path).iterdir()}
-        self.folder = Path(folder_path)
-        self.calls.append(("upload_folder", kwargs))
-        return "commit"
-
-
-def test_pushes_what_save_writes():
-    api, thing = FakeApi(), Thing()
-    assert thing.push_to_hub("thing", private=True, api=api) == "commit"
-    assert api.files == {"config.json": "{}"}
-    assert thing.options == {}
-    assert not api.folder.exists()
-    upload = {
-        "repo_id": "me/thing",
-        "commit_message": "Upload Thing",
-        "commit_description": None,
-        "revision": None,
-        "create_pr": False,
-    }
-    assert api.calls == [
-        ("create_repo", "thing", {"private": True, "exist_ok": True}),
-        ("upload_folder", upload),
-    ]
-
-
-def test_options_reach_the_save_and_the_commit():
-    api, thing = FakeApi(), Thing()
-    thing.push_to_hub(
-        "thing",
-        commit_message="Better",
-        commit_description="why",
-        revision="dev",
-        max_shard_size="1GB",
-        safe_serialization=False,
-        api=api,
-    )
-    assert thing.options == {"max_shard_size": "1GB", "safe_serialization": False}
-    assert api.calls[1] == ("create_branch", "me/thing", {"branch": "dev", "exist_ok": True})
-    assert api.calls[2][1]["commit_message"] == "Better"
-    assert api.calls[2][1]["commit_description"] == "why"
-    assert api.calls[2][1]["revision"] == "dev"
-
-
-@pytest.mark.parametrize("kwargs", [{"create_pr": True, "revision": "dev"}, {"revision": "refs/pr/3"}])
-def test_pull_requests_make_no_branch(kwargs):
-    api = FakeApi()
-    Thing().push_to_hub("thing", api=api, **kwargs)
-    assert [call[0] for call in api.calls] == ["create_repo", "upload_folder"]
-
-
-def test_tags_make_or_extend_the_card(tmp_path):
-    api = FakeApi()
-    Thing().push_to_hub("thing", tags=["tiny"], api=api)
-    assert "tags:\n- tiny\n" in api.files["README.md"]
-    card = tmp_path / "README.md"
-    card.write_text("---\nlicense: mit\ntags:\n- old\n---\n# Mine\n")
-    api = FakeApi(card=card)
-    Thing().push_to_hub("thing", tags=["old", "tiny"], api=api)
-    assert "tags:\n- old\n- tiny\n" in api.files["README.md"]
-    assert "# Mine" in api.files["README.md"]
-
-
-def test_refusal_says_the_mend():
-    api = FakeApi(fault=OSError("403 Forbidden"))
-    with pytest.raises(
-        FileError, match=r"Pushing to 'thing' failed: found OSError: 403 Forbidden\. It needs a"
-    ):
-        Thing().push_to_hub("thing", api=api)
+        raise AssertionError("nothing should be saved")
 
 
 def test_positional_arguments_are_refused():
     with pytest.raises(TypeError, match="positional"):
         Thing().push_to_hub("thing", "message")
+
+
+def test_unknown_arguments_are_refused_before_anything_is_saved():
+    with pytest.raises(UnknownArgumentError, match=r"push_to_hub does not know the argument 'tag'.*'tags'"):
+        Thing().push_to_hub("thing", tag="x")
+    # A default of older versions, spelled out, asks for nothing.
+    with pytest.raises(AssertionError, match="nothing should be saved"):
+        Thing().push_to_hub("thing", use_auth_token=None)
+
+
+def test_a_save_without_a_push_takes_none_of_its_arguments(tmp_path):
+    with pytest.raises(UnknownArgumentError, match=r"'token' \(token\)\. It belongs to push_to_hub=True"):
+        prepare_push("Saving", tmp_path, False, {"token": "x"})
+    with pytest.raises(UnknownArgumentError, match="Did you mean 'variant'"):
+        prepare_push("Saving", tmp_path, False, {"varient": "x"}, ("variant",))
+    prepare_push("Saving", tmp_path, False, {})(None)
+
+
+@pytest.mark.parametrize(
+    ("there", "names", "old"),
+    [
+        ("model.safetensors", "model.safetensors", ""),
+        ("model.safetensors a.txt", "model-00001-of-00002.safetensors", "model.safetensors"),
+        (
+            "model-00001-of-00002.safetensors model.safetensors.index.json model.fp16.safetensors",
+            "model.safetensors",
+            "model-00001-of-00002.safetensors model.safetensors.index.json",
+        ),
+        (
+            "model.safetensors model.a-b-00001-of-00002.safetensors model.safetensors.index.a-b.json",
+            "model.a-b.safetensors",
+            "model.a-b-00001-of-00002.safetensors model.safetensors.index.a-b.json",
+        ),
+        ("pytorch_model.bin adapter_model.safetensors", "model.safetensors", ""),
+        ("pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin"),
+        ("model.safetensors", "config.json", ""),
+        ("sub/model.safetensors", "model-00001-of-00002.safetensors", ""),
+    ],
+)
+def test_which_files_new_weights_replace(there, names, old):
+    assert replaced(there.split(), names.split()) == old.split()
+
+
+def test_pickles_do_not_go_beside_safetensors():
+    with pytest.raises(FileError, match=r"holds model.safetensors, which is loaded instead of pytorch_model"):
+        replaced(["model.safetensors"], ["pytorch_model.bin"])
+    assert replaced(["model.safetensors"], ["pytorch_model.bin", "model.safetensors"]) == []
+    assert replaced(["model.safetensors"], ["pytorch_model.fp16.bin"]) == []
+
+
+def test_what_a_folder_is_made_of(tmp_path):
+    for name in ("config.json", "sub/a.txt", ".git/HEAD", ".env", ".gitattributes", "__pycache__/x.pyc"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert files_of(tmp_path) == [".gitattributes", "config.json", "sub/a.txt"]
+    assert files_of(tmp_path / "absent") == []
+
+
+def test_shards_without_an_index_are_not_pushed(tmp_path):
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"")
+    with pytest.raises(FileError, match="There are no weights"):
+        check_weights(tmp_path, files_of(tmp_path))
+    check_weights(tmp_path, ["config.json"])
+
+
+# Cards
+
+
+def test_a_card_without_weights_claims_none(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 32000}))
+    card = new_card(tmp_path, ["config.json"], "me/x", tags=["yes", 'a "b"'])
+    assert card.startswith(
+        '---\nlibrary_name: pretrained\ntags:\n- llama\n- "yes"\n- "a \\"b\\""\n---\n\n# x\n\n'
+    )
+    assert "| vocabulary | 32,000 |" in card
+    assert "parameters" not in card and "from_pretrained" not in card and "pipeline_tag" not in card
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "x\\n- evil", "architectures": ["<b>"]}', "{}"])
+def test_a_config_cannot_write_the_card(config, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    card = new_card(tmp_path, ["config.json"], "me/x")
+    assert "evil" not in card and "<b>" not in card
+
+
+def test_tags_are_added_once_and_nothing_else_changes():
+    text = "---\nlicense: mit\n---\n# Mine\n"
+    assert with_tags(text, ["a", "a"]) == "---\nlicense: mit\ntags:\n- a\n---\n# Mine\n"
+    assert with_tags("---\ntags: [a]\n---\n", ["a"]) == "---\ntags: [a]\n---\n"
+    assert with_tags("# Mine\n", ["a"]) == "---\ntags:\n- a\n---\n# Mine\n"
+    with pytest.raises(ArgumentError, match="head cannot be read"):
+        with_tags("---\n[\n---\n", ["a"])

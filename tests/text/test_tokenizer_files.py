@@ -264,11 +264,20 @@ def test_a_tokenizer_json_by_itself(tmp_path):
     assert AutoTokenizer.from_pretrained(folder / "tokenizer.json")("a").input_ids == [0, 5]
 
 
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "a/b", "a\\b", "", "x" * 300])
+def test_a_template_whose_name_leads_out_of_the_folder_is_not_written(tmp_path, name):
+    source = write_json_tokenizer(tmp_path / "a", chat_template=[{"name": name, "template": "x"}])
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    with pytest.raises(TokenizerError, match="The name of a chat template cannot be a file's name"):
+        tokenizer.save_pretrained(tmp_path / "deep" / "b")
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".jinja")]
+
+
 def test_saving_needs_a_folder_and_no_other_arguments(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(write_json_tokenizer(tmp_path))
     with pytest.raises(ArgumentError, match=r"saved into a folder .*found a file"):
         tokenizer.save_pretrained(tmp_path / "tokenizer.json")
-    with pytest.raises(UnknownArgumentError, match="found legacy_format"):
+    with pytest.raises(UnknownArgumentError, match="does not know the argument 'legacy_format'"):
         tokenizer.save_pretrained(tmp_path / "out", legacy_format=False)
 
 

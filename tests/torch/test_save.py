@@ -243,7 +243,6 @@ def test_a_pickle_that_no_load_would_find(tmp_path):
         ({"foo": 1}, UnknownArgumentError, "save_pretrained does not know the argument 'foo'"),
         ({"max_shard": 1}, UnknownArgumentError, r"Did you mean 'max_shard_size'"),
         ({"repo_id": "me/x"}, UnknownArgumentError, r"belongs to push_to_hub=True"),
-        ({"save_peft_format": False}, NotYetError, "release of adapters"),
         ({"distributed_checkpoint": True}, NotYetError, "release for several machines"),
         ({"max_shard_size": "many"}, ArgumentError, r"not a size.*found 'many'"),
         ({"max_shard_size": 0}, ArgumentError, "not a size"),

@@ -86,11 +86,36 @@ def test_operations_are_six_for_each_token_and_parameter():
     assert model.floating_point_ops(inputs, exclude_embeddings=False) == 6 * 15 * TOTAL
 
 
-def test_operations_need_the_main_input():
+def test_embeddings_count_as_tokens():
     model = Case(LlamaModel, TINY_LLAMA).build()
-    text = r"The main input is missing \(input_ids\): found \['attention_mask'\]"
-    with pytest.raises(ArgumentError, match=text):
-        model.estimate_tokens({"attention_mask": torch.ones(1)})
+    assert model.estimate_tokens({"input_ids": None, "inputs_embeds": torch.ones(3, 5, 32)}) == 15
+
+
+@pytest.mark.parametrize("build", [Case(LlamaModel, TINY_LLAMA).build, lambda: Plain(a=torch.zeros(1))])
+def test_without_the_main_input_nothing_is_counted_and_that_is_said_once(build, caplog):
+    model = build()
+    assert model.estimate_tokens({"attention_mask": torch.ones(1)}) == 0
+    assert model.floating_point_ops({"labels": torch.ones(1)}) == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "Tokens and operations are not counted: no input_ids among the inputs (attention_mask)."
+    ]
+
+
+def test_operations_of_a_model_by_its_published_size():
+    """BERT base without a head: its paper says 110M."""
+    with torch.device("meta"):
+        model = BertModel(BertModel.config_class())
+    assert model.num_parameters() == 109_482_240
+    assert model.num_parameters(exclude_embeddings=True) == 109_482_240 - (30522 + 512 + 2) * 768
+    inputs = {"input_ids": torch.ones(8, 128, dtype=torch.long)}
+    assert model.floating_point_ops(inputs) == 6 * 8 * 128 * (109_482_240 - 23_835_648)
+
+
+def test_masks_shorter_than_the_input_are_refused():
+    with pytest.raises(
+        ArgumentError, match=r"The mask is shorter than the input .*\[batch, 5\].*found \[1, 3\]"
+    ):
+        ModuleUtilsMixin.create_extended_attention_mask_for_decoder((1, 5), torch.ones(1, 3))
 
 
 # -- masks ---------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ RoBERTa is the same stack with other positions and heads; `encoder_stack` serves
 
 from __future__ import annotations
 
+from pretrained.arch.pruning import check_pruned_heads, heads_left
 from pretrained.core.config import PreTrainedConfig
 from pretrained.core.keys import LEGACY_NORM_RULES, Drop, KeyRule
 from pretrained.core.skeleton import Skeleton, SkeletonBuilder
@@ -97,7 +98,7 @@ class BertConfig(PreTrainedConfig):
         Args:
             layer: Index of the block.
         """
-        return self.num_attention_heads - len(set(self.pruned_heads.get(layer, ())))
+        return heads_left(self, layer)
 
 
 def check_sizes(config: PreTrainedConfig, names: tuple[str, ...]) -> None:
@@ -123,29 +124,6 @@ def check_sizes(config: PreTrainedConfig, names: tuple[str, ...]) -> None:
             expected=f"below vocab_size, {config.vocab_size}, or null",
             found=config.pad_token_id,
         )
-
-
-def check_pruned_heads(config: PreTrainedConfig) -> None:
-    """Raise `ConfigError` where `pruned_heads` names layers or heads that are not there, or leaves none.
-
-    Args:
-        config: With `num_hidden_layers` and `num_attention_heads`, under any spelling.
-    """
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
-    for layer, pruned in config.pruned_heads.items():
-        if not 0 <= layer < layers or not set(pruned) <= set(range(heads)):
-            raise ConfigError(
-                "pruned_heads names a head that the model does not have",
-                where=f"pruned_heads[{layer}]",
-                expected=f"layers below {layers}, heads below {heads}",
-                found=pruned,
-            )
-        if len(set(pruned)) == heads:
-            raise ConfigError(
-                "pruned_heads leaves a layer without any head",
-                where=f"pruned_heads[{layer}]",
-                found=pruned,
-            )
 
 
 def skeleton(config: BertConfig, head: str = "Model", *, add_pooling_layer: bool = True) -> Skeleton:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pretrained.arch.bert import check_pruned_heads, check_sizes
+from pretrained.arch.bert import check_sizes
+from pretrained.arch.pruning import check_pruned_heads, heads_left
 from pretrained.core.config import PreTrainedConfig
 from pretrained.core.keys import LEGACY_NORM_RULES, Drop, KeyRule
 from pretrained.core.skeleton import Skeleton, SkeletonBuilder
@@ -67,7 +68,7 @@ class DistilBertConfig(PreTrainedConfig):
         Args:
             layer: Index of the block.
         """
-        return self.n_heads - len(set(self.pruned_heads.get(layer, ())))
+        return heads_left(self, layer)
 
 
 def skeleton(config: DistilBertConfig, head: str = "Model") -> Skeleton:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pretrained.arch.pruning import heads_left
 from pretrained.core.config import PreTrainedConfig
 from pretrained.core.keys import Drop, KeyRule
 from pretrained.core.skeleton import Skeleton, SkeletonBuilder
@@ -74,7 +75,8 @@ class GPT2Config(PreTrainedConfig):
                 found=f"{self.n_embd}, {self.n_head}",
             )
         for layer, heads in self.pruned_heads.items():
-            if not 0 <= layer < self.n_layer or not set(heads) < set(range(self.n_head)):
+            fits = all(0 <= head < self.n_head for head in heads) and len(set(heads)) < self.n_head
+            if not 0 <= layer < self.n_layer or not fits:
                 raise ConfigError(
                     "pruned_heads names heads that the model does not have, or all of a layer",
                     where=f"pruned_heads[{layer}]",
@@ -98,7 +100,7 @@ class GPT2Config(PreTrainedConfig):
         Args:
             layer: Index of the block.
         """
-        return self.n_head - len(set(self.pruned_heads.get(layer, ())))
+        return heads_left(self, layer)
 
     def attention_scaling(self, layer: int) -> float:
         """Return the factor on a layer's attention scores, in its own and in its cross-attention.

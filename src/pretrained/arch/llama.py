@@ -9,6 +9,7 @@ the block once.
 
 from __future__ import annotations
 
+from pretrained.arch.pruning import check_pruned_heads, heads_left
 from pretrained.arch.rope import RopeConfig
 from pretrained.core.keys import Drop, KeyRule
 from pretrained.core.skeleton import Skeleton, SkeletonBuilder
@@ -82,6 +83,7 @@ class LlamaConfig(RopeConfig):
                 found=self.pad_token_id,
                 mend="Pass pad_token_id=None, or the id of a token that the model has.",
             )
+        check_pruned_heads(self, self.group_size)
         super().check()
 
     # -- the facts in which the family differs ---------------------------------------------------
@@ -100,6 +102,27 @@ class LlamaConfig(RopeConfig):
     def kv_heads(self) -> int:
         """Key-value heads, each shared by a group of query heads."""
         return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.num_attention_heads // self.kv_heads
+
+    def heads_left(self, layer: int) -> int:
+        """Return how many query heads a layer has, pruned ones not counted.
+
+        Args:
+            layer: Index of the block.
+        """
+        return heads_left(self, layer)
+
+    def kv_heads_left(self, layer: int) -> int:
+        """Return how many key-value heads a layer has: each goes with its group of query heads.
+
+        Args:
+            layer: Index of the block.
+        """
+        return self.heads_left(layer) // self.group_size
 
     @property
     def qkv_bias(self) -> bool:
@@ -326,7 +349,7 @@ def skeleton(config: LlamaConfig, head: str = "Model") -> Skeleton:
     build = SkeletonBuilder(prefix)
     build.weight("embed_tokens.weight", config.vocab_size, config.hidden_size)
     for index in range(config.num_hidden_layers):
-        _block(build, config, f"layers.{index}")
+        _block(build, config, index)
     build.norm("norm", config.hidden_size)
     table = config.rope_table()
     build.buffer("rotary_emb.inv_freq", len(table.inv_freq))
@@ -346,9 +369,11 @@ def skeleton(config: LlamaConfig, head: str = "Model") -> Skeleton:
     return build.build()
 
 
-def _block(build: SkeletonBuilder, config: LlamaConfig, path: str) -> None:
-    hidden, queries = config.hidden_size, config.num_attention_heads * config.head_size
-    keys = config.kv_heads * config.head_size
+def _block(build: SkeletonBuilder, config: LlamaConfig, index: int) -> None:
+    path, hidden = f"layers.{index}", config.hidden_size
+    queries, keys = (
+        heads * config.head_size for heads in (config.heads_left(index), config.kv_heads_left(index))
+    )
     build.block(path)
     build.linear(f"{path}.self_attn.q_proj", queries, hidden, bias=config.qkv_bias)
     build.linear(f"{path}.self_attn.k_proj", keys, hidden, bias=config.qkv_bias)

@@ -130,12 +130,12 @@ def kv_cache_bytes(config: PreTrainedConfig, batch: int, context: int, dtype: st
     layers = config.num_decoder_layers if config.is_encoder_decoder else config.num_hidden_layers
     size = getattr(config, "head_size", None) or config.head_dim
     total = config.num_attention_heads
+    keys = getattr(config, "kv_heads", None) or total
     window = getattr(config, "window", lambda layer: None)
-    left = getattr(config, "heads_left", lambda layer: total)
+    left = getattr(config, "kv_heads_left", getattr(config, "heads_left", lambda layer: keys))
     found = []
     for layer in range(layers or 0):
-        heads = getattr(config, "kv_heads", None) or left(layer)
-        tokens = heads * min(context, window(layer) or context)
+        tokens = left(layer) * min(context, window(layer) or context)
         if config.is_encoder_decoder or config.add_cross_attention:
             tokens += total * context
         found.append(2 * batch * tokens * size * DTYPES[dtype].itemsize)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from pretrained.arch.pruning import check_pruned_heads, heads_left
 from pretrained.core.config import PreTrainedConfig
 from pretrained.core.keys import Drop, KeyRule
 from pretrained.core.skeleton import Skeleton, SkeletonBuilder
@@ -122,6 +123,15 @@ class T5Config(PreTrainedConfig):
                 "(half of relative_attention_num_buckets)",
                 found=self.relative_attention_max_distance,
             )
+        check_pruned_heads(self)
+
+    def encoder_heads_left(self, layer: int) -> int:
+        """Return how many heads a block of the encoder has; `pruned_heads` is about no other attention.
+
+        Args:
+            layer: Index of the block in the encoder.
+        """
+        return heads_left(self, layer)
 
     # -- the facts in which the family differs ---------------------------------------------------
 
@@ -218,14 +228,15 @@ def skeleton(config: T5Config, head: str = "Model") -> Skeleton:
 
 
 def _block(build: SkeletonBuilder, config: T5Config, stack: str, index: int) -> None:
-    path, inner = f"{stack}.block.{index}", config.num_heads * config.d_kv
+    path = f"{stack}.block.{index}"
+    heads = config.encoder_heads_left(index) if stack == "encoder" else config.num_heads
     build.block(path)
     attentions = ["SelfAttention", "EncDecAttention"][: 1 if stack == "encoder" else 2]
     for part, name in enumerate(attentions):
         attention = f"{path}.layer.{part}.{name}"
         for letter in "qkv":
-            build.linear(f"{attention}.{letter}", inner, config.d_model)
-        build.linear(f"{attention}.o", config.d_model, inner)
+            build.linear(f"{attention}.{letter}", heads * config.d_kv, config.d_model)
+        build.linear(f"{attention}.o", config.d_model, heads * config.d_kv)
         if name == "SelfAttention" and config.has_position_bias(index):
             build.weight(
                 f"{attention}.relative_attention_bias.weight",

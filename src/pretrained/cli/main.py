@@ -19,6 +19,9 @@ _VERBS = {
     "run": ("pretrained.cli.run", "generate text with a model"),
     "inspect": ("pretrained.cli.inspect", "show what a model holds, from headers only"),
     "plan": ("pretrained.cli.plan", "show where a model's weights would live"),
+    "convert": ("pretrained.cli.convert", "write a checkpoint in another format, dtype or number of files"),
+    "doctor": ("pretrained.cli.doctor", "say what is wrong with a model's files or this machine"),
+    "push": ("pretrained.cli.push", "upload a folder to the hub as one commit"),
 }
 
 _EXAMPLES = """\
@@ -28,6 +31,9 @@ examples:
   pretrained run model.gguf - < prompt.txt
   pretrained inspect ./my-model
   pretrained plan ./my-model --max-memory 0=10GiB,cpu=30GiB --dtype bf16
+  pretrained convert model.gguf ./my-model --dtype bf16
+  pretrained doctor ./my-model
+  pretrained push ./my-model me/my-model --private
 """
 
 
@@ -72,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _top_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pretrained",
-        description="Load, run and inspect pretrained models, from local files or the hub.",
+        description="Load, run, inspect and share pretrained models, from local files or the hub.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

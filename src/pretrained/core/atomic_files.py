@@ -14,6 +14,11 @@ from typing import BinaryIO, Final
 from pretrained.core.disk_space import described
 from pretrained.errors import FileError, PretrainedError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 def write_text_atomically(file: Path, text: str) -> None:
     """Write a small text file so that a reader finds the old content or the new, never a part.
@@ -64,6 +69,40 @@ def sync_folder(folder: Path) -> None:
         try:
             os.fsync(descriptor)
         finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def one_saver(folder: Path) -> Iterator[None]:
+    """Let nobody else save into a folder meanwhile, in this process or another, where the system can tell.
+
+    The system drops the lock with the process, and no file is left by it.
+
+    Args:
+        folder: An existing folder.
+
+    Raises:
+        FileError: someone else is saving there now.
+    """
+    descriptor = None
+    if fcntl is not None:
+        with suppress(OSError):  # a folder that cannot be opened has its own error at the first write
+            descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if descriptor is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise FileError(
+                    "Another save is writing into this folder, and this one has changed nothing",
+                    where=folder,
+                    mend="Wait for it; among several processes, pass is_main_process=False in all but one.",
+                ) from error
+            except OSError:
+                pass  # file systems of the network may have no locks for folders
+        yield
+    finally:
+        if descriptor is not None:
             os.close(descriptor)
 
 

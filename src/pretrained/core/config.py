@@ -26,7 +26,8 @@ from pretrained.core.config_values import (
     label_fields,
 )
 from pretrained.core.hub import HubOptions, resolve
-from pretrained.core.push import PushToHubMixin
+from pretrained.core.own_code import AutoClassMixin, own_code, write_own_code
+from pretrained.core.push import PushToHubMixin, prepare_push
 from pretrained.errors import ArgumentError, ConfigError, FileError, did_you_mean
 
 CONFIG_NAME = "config.json"
@@ -35,7 +36,7 @@ CONFIG_NAME = "config.json"
 _MAX_JSON_BYTES = 20_000_000
 
 
-class PreTrainedConfig(PushToHubMixin):
+class PreTrainedConfig(AutoClassMixin, PushToHubMixin):
     """Base of every model configuration.
 
     Subclasses set `model_type`, declare fields (``hidden_size: int = 768``) and may give
@@ -51,6 +52,7 @@ class PreTrainedConfig(PushToHubMixin):
     """
 
     model_type: ClassVar[str] = ""
+    _auto_classes: ClassVar[tuple[str, ...]] = ("AutoConfig",)
     attribute_map: ClassVar[dict[str, str]] = {}
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
@@ -372,8 +374,13 @@ class PreTrainedConfig(PushToHubMixin):
 
         Args:
             save_directory: The folder.
-            push_to_hub: Also push it; then `kwargs` are those of `push_to_hub`.
+            push_to_hub: Also push that file; then `kwargs` are those of `push_to_hub`.
             **kwargs: `repo_id` and the other arguments of `push_to_hub`.
+
+        Raises:
+            ArgumentError: the folder is a file.
+            UnknownArgumentError: an argument that nothing takes, or that only pushing takes.
+            FileError: the file cannot be written, or the push failed.
         """
         folder = Path(save_directory)
         if save_directory == "" or folder.is_file():
@@ -384,10 +391,14 @@ class PreTrainedConfig(PushToHubMixin):
                 found=found,
                 mend="Name a folder.",
             )
+        push = prepare_push("Saving a config", folder, push_to_hub, kwargs)
         folder.mkdir(parents=True, exist_ok=True)
+        entries, code = own_code(type(self))
+        write_own_code(folder, code)
+        if entries:
+            self.auto_map = {**(getattr(self, "auto_map", None) or {}), **entries}
         self.to_json_file(folder / CONFIG_NAME)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", None) or folder.name, **kwargs)
+        push(self)
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.to_dict() == typing.cast(Self, other).to_dict()

@@ -22,7 +22,7 @@ from pretrained.core.config import read_json_object
 from pretrained.core.generation_checks import contradictions, effectless, wrong_value
 from pretrained.core.generation_fields import FIELDS, GENERATE_ARGUMENTS, METADATA, Field, normalise
 from pretrained.core.hub import HubOptions, resolve
-from pretrained.core.push import PushToHubMixin
+from pretrained.core.push import PushToHubMixin, prepare_push
 from pretrained.core.writer import write_text_atomically
 from pretrained.errors import ArgumentError, GenerationError, UnknownArgumentError, did_you_mean
 
@@ -343,6 +343,13 @@ class GenerationConfig(PushToHubMixin):
         """
         write_text_atomically(Path(json_file_path), self.to_json_string(use_diff))
 
+    def warn_before_saving(self) -> None:
+        """Log one line where the config contradicts itself or has values without effect."""
+        problems = [error.what for error in self.problems()]
+        problems += [f"{name}: {reason}" for name, reason in self.hints().items()]
+        if problems:
+            logger.warning("Saving a generation config that needs a look: %s.", "; ".join(problems))
+
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -358,20 +365,22 @@ class GenerationConfig(PushToHubMixin):
         Args:
             save_directory: The folder.
             config_file_name: Another name for the file.
-            push_to_hub: Also push the folder; then `kwargs` are those of `push_to_hub`.
+            push_to_hub: Also push that file; then `kwargs` are those of `push_to_hub`.
             **kwargs: `repo_id` and the other arguments of `push_to_hub`.
+
+        Raises:
+            ArgumentError: the folder is a file.
+            UnknownArgumentError: an argument that nothing takes, or that only pushing takes.
+            FileError: the file cannot be written, or the push failed.
         """
         folder = Path(save_directory)
         if folder.is_file():
             raise ArgumentError("A generation config is saved into a folder", where=folder, found="a file")
-        problems = [error.what for error in self.problems()]
-        problems += [f"{name}: {reason}" for name, reason in self.hints().items()]
-        if problems:
-            logger.warning("Saving a generation config that needs a look: %s.", "; ".join(problems))
+        push = prepare_push("Saving a generation config", folder, push_to_hub, kwargs)
+        self.warn_before_saving()
         folder.mkdir(parents=True, exist_ok=True)
         self.to_json_file(folder / (config_file_name or GENERATION_CONFIG_NAME))
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", None) or folder.name, **kwargs)
+        push(self)
 
     # -- comparing -----------------------------------------------------------------------------
 

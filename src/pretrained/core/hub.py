@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from pretrained.core.save_journal import text_file
 from pretrained.core.untrusted import fault_of, refuse_link_out
 from pretrained.core.weights_names import INDEX_NAME, choose_weights, few
 from pretrained.errors import ArgumentError, CheckpointError, FileError, did_you_mean
@@ -38,7 +39,7 @@ class HubOptions:
         force_download: Fetch again what the cache holds.
         local_files_only: Use the cache only; no request is made. ``HF_HUB_OFFLINE=1`` does the same.
         proxies: Refused: ``huggingface_hub`` takes proxies from the environment only.
-        endpoint: The Hub's address; None for ``HF_ENDPOINT``, else https://huggingface.co.
+        endpoint: The Hub's address; None for ``HF_ENDPOINT``, else the public one.
     """
 
     revision: str = "main"
@@ -74,6 +75,7 @@ class HubOptions:
                 "force_download=True asks for the network and local_files_only=True forbids it",
                 mend="Pass only one of them.",
             )
+        check_token(self.token)
         _check_inside(self.subfolder, "subfolder")
 
 
@@ -124,10 +126,12 @@ class Source:
         _check_inside(name, "file name")
         if self.names is not None and name in self.names:
             return self._fetch(name)
-        if self.names is None and os.path.isfile(self.folder / name):
-            if self.path != self.folder / name:  # what the user names may be any link
-                refuse_link_out(self.folder, self.folder / name)
-            return self.folder / name
+        if self.names is None:
+            path = text_file(self.folder, name)
+            if os.path.isfile(path):
+                if self.path != path:  # what the user names may be any link
+                    refuse_link_out(self.folder, path)
+                return path
         if not required:
             return None
         raise self._missing(name)
@@ -326,12 +330,7 @@ def _peek(folder: Path) -> list[Path]:
 
 
 def _resolve_id(repo_id: str, options: HubOptions) -> Source:
-    if (
-        not _ID.fullmatch(repo_id)
-        or ".." in repo_id
-        or "--" in repo_id
-        or repo_id.endswith((".git", "-", "."))
-    ):
+    if not is_repo_id(repo_id):
         raise FileError(
             f"{repo_id!r} is neither an existing path nor the id of a repository",
             expected="an id such as 'org/name', of letters, digits, '-', '_' and '.'",
@@ -343,6 +342,30 @@ def _resolve_id(repo_id: str, options: HubOptions) -> Source:
 
     found = hub_remote.look_up(repo_id, options, hint=_near_local(repo_id))
     return Source("hub", repo_id, found.folder, commit=found.commit, names=found.names, options=options)
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether a text can be the name of a repository, ``"name"`` or ``"owner/name"``.
+
+    Args:
+        text: What the user wrote.
+    """
+    rules = _ID.fullmatch(text) and ".." not in text and "--" not in text
+    return bool(rules) and not text.endswith((".git", "-", "."))
+
+
+def check_token(token: object) -> None:
+    """Raise ArgumentError for a token that cannot be sent; the message does not show it.
+
+    Args:
+        token: A token, True, False or None.
+    """
+    if isinstance(token, str) and (not token or re.search(r"[^!-~]", token)):
+        raise ArgumentError(
+            "The token is empty, or has blanks or line ends in it",
+            where="token",
+            mend="Strip what was read from a file; None means the stored login.",
+        )
 
 
 def _check_inside(name: str, what: str) -> None:

@@ -2,18 +2,21 @@
 """Repositories of the Hub: what they hold, and their files, through ``huggingface_hub``.
 
 The download cache is that library's, in its documented layout
-(https://huggingface.co/docs/huggingface_hub/guides/manage-cache): ``refs/<revision>`` holds a commit,
-``snapshots/<commit>/`` the files. Nothing is ever written to the Hub, and no thread is started. Progress
-bars are the library's own, which appear on a terminal only.
+("Manage your cache" in its guides): ``refs/<revision>`` holds a commit, ``snapshots/<commit>/`` the files.
+Nothing is ever written to the Hub, and no thread is started. Progress bars are the library's own, which
+appear on a terminal only. What the server says is not trusted with paths: a commit must be one, names that
+leave the repository's folder are passed over, and what lands outside the cache's folder is not used.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -21,7 +24,8 @@ from typing import TYPE_CHECKING
 from huggingface_hub import HfApi, constants, hf_hub_download
 
 from pretrained.core.hub_errors import NETWORK_ERRORS, explain, is_outage
-from pretrained.errors import ArgumentError, FileError, did_you_mean
+from pretrained.core.weights_names import few
+from pretrained.errors import ArgumentError, CheckpointError, FileError, did_you_mean
 
 if TYPE_CHECKING:
     from pretrained.core.hub import HubOptions
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,15 @@ def look_up(repo_id: str, options: HubOptions, *, hint: str = "") -> Snapshot:
             logger.warning("The Hub cannot be reached; using the cached files of %r.", repo_id)
             return _look_up_cached(repo_id, options, "the Hub cannot be reached", hint)
         raise explain(error, repo_id, options, hint=hint) from error
-    files = [sibling.rfilename for sibling in info.siblings or ()]
+    if not _COMMIT.fullmatch(str(info.sha)):
+        raise FileError(
+            f"The server's answer about {repo_id!r} is not one of a Hub",
+            where=options.endpoint or constants.ENDPOINT,
+            expected="a commit of 40 hexadecimal digits",
+            found=repr(info.sha)[:100],
+            mend="Check HF_ENDPOINT and the proxy.",
+        )
+    files = _safe_names((sibling.rfilename for sibling in info.siblings or ()), repo_id)
     return Snapshot(
         str(info.sha), _snapshot_folder(repo_id, str(info.sha), options), _below(files, repo_id, options)
     )
@@ -96,7 +109,9 @@ def download(repo_id: str, name: str, commit: str, options: HubOptions) -> Path:
 
     Raises:
         FileError: it cannot be fetched.
+        CheckpointError: what arrived is not what the Hub's checksum says; it is removed from the cache.
     """
+    fresh = options.force_download or not (_snapshot_folder(repo_id, commit, options) / name).exists()
     try:
         path = hf_hub_download(
             repo_id,
@@ -109,10 +124,59 @@ def download(repo_id: str, name: str, commit: str, options: HubOptions) -> Path:
             endpoint=options.endpoint,
             library_name="pretrained",
         )
-    except NETWORK_ERRORS as error:
+    except (*NETWORK_ERRORS, ValueError) as error:
+        # A failed force_download is a ValueError there, with the cause behind it.
         raise explain(error, repo_id, options, file=name) from error
+    if fresh:
+        _check_arrival(Path(path), repo_id, name, options)
     _remember_revision(repo_id, commit, options)
     return Path(path)
+
+
+def _check_arrival(path: Path, repo_id: str, name: str, options: HubOptions) -> None:
+    """Check that a file that has just been fetched lies inside the cache and has the content it should.
+
+    The cache names large files by their SHA-256, which the Hub sends as their ETag. ``huggingface_hub``
+    compares sizes only.
+    """
+    root = _cache_root(options).resolve()
+    # One step only: a blob may itself be a link, to a store inside the cache that names files otherwise.
+    blob = Path(os.path.abspath(path.parent / os.readlink(path))) if path.is_symlink() else path
+    if not path.resolve().is_relative_to(root):
+        path.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"The server gave {name!r} of {repo_id!r} an ETag that leaves the download cache",
+            where=root,
+            found=str(blob),
+            mend="Do not use this server. Look at that file, and remove it if it is not yours.",
+        )
+    if not _SHA256.fullmatch(blob.name):
+        return
+    with blob.open("rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    if found != blob.name:
+        path.unlink(missing_ok=True)
+        blob.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{name!r} of {repo_id!r} arrived damaged, and was removed from the cache",
+            where=f"revision {options.revision!r}",
+            expected=f"SHA-256 {blob.name}",
+            found=found,
+            mend="Load it again; if it happens again, the server or a proxy in between changes files.",
+        )
+
+
+def _safe_names(names: Iterable[str], repo_id: str) -> list[str]:
+    """Leave out names that would leave the repository's folder in the cache."""
+    safe: list[str] = []
+    unsafe: list[str] = []
+    for name in names:
+        parts = PurePosixPath(name.replace("\\", "/"))
+        leaves = parts.is_absolute() or ".." in parts.parts or re.match(r"[A-Za-z]:", name)
+        (unsafe if leaves else safe).append(name)
+    if unsafe:
+        logger.warning("%r lists files outside its folder, which are passed over: %s", repo_id, few(unsafe))
+    return safe
 
 
 def _below(files: list[str], repo_id: str, options: HubOptions) -> frozenset[str]:

@@ -23,6 +23,9 @@ Progress = Callable[[int, int, str], None]
 # Long without effect in the ecosystem: loading through an empty shell is how every load works.
 _HARMLESS = ("low_cpu_mem_usage", "offload_state_dict", "_fast_init", "_from_auto", "_commit_hash")
 
+# Auto classes take these; a class that was named runs no code but its own.
+_FOR_AUTO_CLASSES = ("trust_remote_code", "code_revision")
+
 _RETIRED = {
     "use_auth_token": "It is called token now.",
     "resume_download": "Downloads are always resumed; leave it out.",
@@ -30,7 +33,6 @@ _RETIRED = {
 }
 
 _MACHINES = "It comes with the release for several machines."
-_ADAPTERS = "It comes with the release of adapters."
 _UNPLANNED = "No release is planned to have it; leave it out."
 
 # Known to the ecosystem and not offered yet: name -> (values that ask for nothing, when to expect it).
@@ -41,13 +43,6 @@ _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
     "tp_size": ((None,), _MACHINES),
     "device_mesh": ((None,), _MACHINES),
     "distributed_config": ((None,), _MACHINES),
-    "adapter_kwargs": ((None,), _ADAPTERS),
-    "adapter_name": ((None, "default"), _ADAPTERS),
-    "trust_remote_code": (
-        (None, False),
-        "It comes with the release of sharing; until then register your classes in Python.",
-    ),
-    "code_revision": ((None,), "It comes with the release of sharing."),
     "use_kernels": ((None, False), _UNPLANNED),
     "kernel_config": ((None,), _UNPLANNED),
     "allow_all_kernels": ((None, False), _UNPLANNED),
@@ -76,6 +71,8 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "load_in_4bit": _TRUE_OR_FALSE,
     "offload_folder": ((str, os.PathLike), "the path of a folder"),
     "offload_buffers": _TRUE_OR_FALSE,
+    "adapter_name": _TEXT,
+    "adapter_kwargs": ((Mapping,), "hub arguments by name"),
     "progress": ((bool, Callable), "True, False, or a function of (bytes, total, stage)"),  # type: ignore[dict-item]
     "revision": ((str,), "a branch, tag or commit"),
     "subfolder": ((str, os.PathLike), "the name of a folder"),
@@ -115,6 +112,8 @@ class LoadOptions:
         load_in_4bit: Short for ``{"quant_method": "int4"}``.
         disable_mmap: Read files into memory of their own instead of mapping them.
         progress: False for none, a function ``(bytes, total, stage)``, or None for a bar on a terminal.
+        adapter_name: Name that an adapter gets where the source is an adapter's folder.
+        adapter_kwargs: Further hub arguments for the adapter's files.
     """
 
     hub: HubOptions = field(default_factory=HubOptions)
@@ -140,6 +139,8 @@ class LoadOptions:
     load_in_4bit: bool = False
     disable_mmap: bool = False
     progress: Progress | bool | None = None
+    adapter_name: str = "default"
+    adapter_kwargs: Mapping[str, Any] | None = None
 
     @classmethod
     def take(cls, kwargs: MutableMapping[str, Any]) -> LoadOptions:
@@ -228,7 +229,7 @@ def refuse(kwargs: MutableMapping[str, Any]) -> None:
         NotYetError: a name of a later release, with a value that asks for something.
         ArgumentError: a known name with a value of the wrong type.
     """
-    for name in _HARMLESS:
+    for name in (*_HARMLESS, *_FOR_AUTO_CLASSES):
         kwargs.pop(name, None)
     for name, advice in _RETIRED.items():
         if name in kwargs:

@@ -56,14 +56,16 @@ class MappedFiles:
 
     Args:
         expected: What files were like when their headers were read, to refuse those that are not any more.
+        huge_pages: Ask the system for huge pages: for files that are gone through many times.
 
     Attributes:
         expected: As given.
         states: What files were like when they were mapped.
     """
 
-    def __init__(self, expected: Mapping[Path, FileState] | None = None) -> None:
+    def __init__(self, expected: Mapping[Path, FileState] | None = None, *, huge_pages: bool = False) -> None:
         self.expected = expected or {}
+        self._huge_pages = huge_pages
         self.states: dict[Path, FileState] = {}
         # None stands for a file that cannot be mapped.
         self._maps: dict[Path, memoryview | None] = {}
@@ -112,7 +114,8 @@ class MappedFiles:
                     self._maps[file] = mapped = _map(opened, size)
                 if mapped is not None:
                     self.states[file] = state
-                    _ask_for_huge_pages(mapped)
+                    if self._huge_pages:
+                        _ask_for_huge_pages(mapped)
             return self._maps[file]
 
     def is_mapped(self, file: Path) -> bool:
@@ -214,12 +217,7 @@ def _map(opened: BinaryIO, size: int) -> memoryview | None:
 
 
 def _ask_for_huge_pages(mapped: memoryview) -> None:
-    """Let the system keep the file in pieces of 2 MB where its file system can (ext4, XFS and others).
-
-    One fault then brings 512 pages, and one entry of the page table is all that is undone when they are let
-    go of: what a pass over weights on disk costs beside computing shrinks from tenths of a second for each
-    gigabyte to milliseconds.
-    """
+    """Let one entry of the page table stand for 2 MB, where the file lies in the cache in such pieces."""
     with contextlib.suppress(OSError, AttributeError):
         _advise(np.frombuffer(mapped, np.uint8).ctypes.data, len(mapped), mmap.MADV_HUGEPAGE)
 
@@ -284,7 +282,7 @@ def populate_pages(address: int, nbytes: int) -> None:
 
 
 def read_into_cache(descriptor: int, start: int, length: int) -> None:
-    """Bring a part of a file into the page cache, in huge pages where the file system has them.
+    """Bring a part of a file into the page cache.
 
     The pages are the system's: they count as no process's memory.
 
@@ -298,8 +296,6 @@ def read_into_cache(descriptor: int, start: int, length: int) -> None:
     with contextlib.suppress(OSError, AttributeError):
         address = _map_at(descriptor, first, nbytes)
         try:
-            with contextlib.suppress(OSError):
-                _advise(address, nbytes, mmap.MADV_HUGEPAGE)
             _advise(address, nbytes, _POPULATE_READ)
             return
         finally:

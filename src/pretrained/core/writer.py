@@ -14,9 +14,9 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
@@ -32,6 +32,7 @@ from pretrained.core.atomic_files import (
 )
 from pretrained.core.disk_space import check_room
 from pretrained.core.dtypes import DTYPES
+from pretrained.core.save_journal import TextChange, tidy
 from pretrained.errors import ArgumentError, FileError
 
 __all__ = [
@@ -100,12 +101,13 @@ class ShardPlan:
     suffix: str = ".safetensors"
 
 
-def parse_size(size: int | str) -> int:
+def parse_size(size: int | str, where: str | None = None) -> int:
     """Return a number of bytes.
 
     Args:
         size: A whole number, or text: ``"5GB"`` is 5·10⁹, ``"5GiB"`` is 5·2³⁰; units are B, KB, MB, GB, TB,
             KiB, MiB, GiB, TiB in any case, always bytes; no unit means bytes.
+        where: Name of the argument, for the error.
 
     Raises:
         ArgumentError: it is not of this form, or less than one byte.
@@ -121,6 +123,7 @@ def parse_size(size: int | str) -> int:
     if result < 1:
         raise ArgumentError(
             "This is not a size",
+            where=where,
             expected='bytes as a whole number from 1 up, or text such as "5GB", "200MB" or "1GiB"',
             found=repr(size),
         )
@@ -150,7 +153,7 @@ def plan_shards(
     Raises:
         ArgumentError: the size cannot be understood, or the variant cannot be part of a name.
     """
-    limit = parse_size(max_shard_size)
+    limit = parse_size(max_shard_size, "max_shard_size")
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w.-]+", variant)):
         raise ArgumentError(
             "The variant cannot be part of a file name",
@@ -174,8 +177,8 @@ def plan_shards(
         f"{stem}-{number:05d}-of-{len(groups):05d}{suffix}": tuple(group)
         for number, group in enumerate(groups, 1)
     }
-    infix = "" if variant is None else f".{variant}"
-    return ShardPlan(files, f"{file_stem}{suffix}.index{infix}.json", file_stem, variant, total, suffix)
+    plan = ShardPlan(files, None, file_stem, variant, total, suffix)
+    return replace(plan, index=_index_name(plan))
 
 
 def write_checkpoint(
@@ -187,6 +190,8 @@ def write_checkpoint(
     file_stem: str = "model",
     variant: str | None = None,
     write_file: Callable[[Path, Sequence[str]], None] | None = None,
+    texts: Mapping[str, str] | None = None,
+    needed: int | None = None,
 ) -> None:
     """Write a checkpoint into a folder, in place of an earlier one of the same stem and variant.
 
@@ -215,6 +220,9 @@ def write_checkpoint(
         variant: As given to `plan_shards`.
         write_file: For other formats: writes the file at a path, which does not exist yet, with the tensors
             of some keys, instead of what this module does with the tensors and the metadata.
+        texts: Small files that describe the weights, content by name (config.json). They change at the same
+            moment for readers of this library, see `pretrained.core.save_journal`; for others right after.
+        needed: Bytes that the disk must have free; None for those of all files.
 
     Raises:
         ArgumentError: the plan and the tensors do not belong together, or a tensor's bytes do not fit its
@@ -229,9 +237,12 @@ def write_checkpoint(
     token = secrets.token_hex(4)
     temporary = {name: temporary_name(name, token) for name in plan.files}
     sizes = {name: _file_size(keys, tensors) for name, keys in plan.files.items()}
-    _make_room(folder, plan, sum(sizes.values()))
+    _make_room(folder, plan, sum(sizes.values()) if needed is None else needed)
     with errors_with_mend(folder):
-        with removed_on_error(folder, temporary.values()):
+        if texts:
+            tidy(folder, texts)
+        change = TextChange(folder, texts or {})
+        with removed_on_error(folder, temporary.values()), _undone(change, BaseException):
             for name, keys in plan.files.items():
                 file = folder / temporary[name]
                 with errors_with_mend(folder / name, needed=sizes[name]):
@@ -241,13 +252,27 @@ def write_checkpoint(
                         continue
                     with new_file(file) as opened:
                         _write_file(opened, {key: tensors[key] for key in keys}, header)
+            change.prepare()
         sync_folder(folder)
-        with removed_on_error(folder, temporary.values(), error=OSError):
+        with removed_on_error(folder, temporary.values(), error=OSError), _undone(change, OSError):
+            index = plan.index or _index_name(plan)
+            change.announce([folder / name for name in temporary.values()], _single_name(plan), index)
             settle = _commit(folder, plan, temporary, tensors)
     done = "The new checkpoint is in place, but removing what the old one left failed"
     with errors_with_mend(folder, what=done):
+        change.finish()
         settle()
         _remove_stale(folder, plan)
+
+
+@contextmanager
+def _undone(change: TextChange, error: type[BaseException]) -> Iterator[None]:
+    """Undo what is prepared of some texts if the block fails."""
+    try:
+        yield
+    except error:
+        change.undo()
+        raise
 
 
 # Room
@@ -408,6 +433,10 @@ def _index_text(plan: ShardPlan, tensors: Mapping[str, TensorSource], names: Map
 
 def _single_name(plan: ShardPlan) -> str:
     return f"{plan.file_stem}{'.' + plan.variant if plan.variant else ''}{plan.suffix}"
+
+
+def _index_name(plan: ShardPlan) -> str:
+    return f"{plan.file_stem}{plan.suffix}.index{'.' + plan.variant if plan.variant else ''}.json"
 
 
 def _owned(plan: ShardPlan, before: str) -> re.Pattern[str]:

@@ -35,7 +35,7 @@ _GPT4O = (
     rf"{_LEAD}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_LEAD}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
     rf"|\p{{N}}{{1,3}}|{_TAIL_WITH_SLASH}"
 )
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _DEEPSEEK3_WORDS = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -60,13 +60,13 @@ class Splitting:
     nfc: bool = False
 
 
-_WORDS = Splitting((_GPT2,))
-_SINGLE_DIGITS = Splitting((r"\p{N}", _GPT2))
+_WORDS = Splitting((GPT2_PATTERN,))
+_SINGLE_DIGITS = Splitting((r"\p{N}", GPT2_PATTERN))
 _LLAMA3_STYLE = Splitting((_LLAMA3,), ignore_merges=True, add_bos=True)
 
 SPLITTINGS: dict[str, Splitting] = {
     # llama.cpp's own guess for files that do not say.
-    "default": Splitting((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "default": Splitting((r"[\p{P}\$\+<=>\^~\|]+", GPT2_PATTERN, r"\p{N}+", r"[0-9][0-9][0-9]")),
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling"), _WORDS),
     **dict.fromkeys(
         ("jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "jina-v2-code", "roberta-bpe"), _WORDS
@@ -116,7 +116,7 @@ def byte_level(patterns: tuple[str, ...], *, add_prefix_space: bool = False) -> 
     """
     library = tokenizers_library()
     pre_tokenizers = library.pre_tokenizers
-    if patterns == (_GPT2,):  # the library's own, faster
+    if patterns == (GPT2_PATTERN,):  # the library's own, faster
         whole: PreTokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=True)
         return whole
     steps: list[PreTokenizer] = [

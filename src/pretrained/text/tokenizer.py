@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from pretrained.core.hub import HubOptions, resolve
-from pretrained.core.push import PushToHubMixin
-from pretrained.errors import ArgumentError, UnknownArgumentError
+from pretrained.core.push import PushToHubMixin, prepare_push
+from pretrained.errors import ArgumentError
 from pretrained.text.chat_mixin import ChatMixin
 from pretrained.text.encoding import plain
 from pretrained.text.encoding_mixin import EncodingMixin, checked_side
@@ -115,7 +115,7 @@ class PreTrainedTokenizer(EncodingMixin, ChatMixin, PushToHubMixin):
 
         Args:
             save_directory: The folder.
-            push_to_hub: Also push it; then `kwargs` are those of `push_to_hub`.
+            push_to_hub: Also push those files; then `kwargs` are those of `push_to_hub`.
             **kwargs: ``repo_id`` and the other arguments of `push_to_hub`.
 
         Returns:
@@ -123,19 +123,15 @@ class PreTrainedTokenizer(EncodingMixin, ChatMixin, PushToHubMixin):
 
         Raises:
             ArgumentError: the folder is a file.
-            UnknownArgumentError: an argument that only pushing takes.
-            FileError: a file cannot be written.
+            UnknownArgumentError: an argument that nothing takes, or that only pushing takes.
+            FileError: a file cannot be written, or the push failed.
         """
         folder = Path(save_directory)
         if folder.is_file():
             raise ArgumentError("A tokenizer is saved into a folder", where=folder, found="a file")
-        if kwargs and not push_to_hub:
-            raise UnknownArgumentError(
-                "Saving a tokenizer takes no further arguments", found=", ".join(kwargs)
-            )
+        push = prepare_push("Saving a tokenizer", folder, push_to_hub, kwargs)
         files = write_tokenizer(folder, self.engine, self.settings)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", None) or folder.name, **kwargs)
+        push(self)
         return tuple(str(file) for file in files)
 
     # -- ids to text ---------------------------------------------------------------------------

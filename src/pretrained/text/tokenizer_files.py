@@ -29,6 +29,8 @@ from pretrained.text.vocab_files import (
 
 BYT5_SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 
+# Characters that any file system takes in a name, its ending left out.
+_LONGEST_NAME = 60
 # Classes whose models read token types; every other gets none unless its files say so.
 _WITH_TOKEN_TYPES = ("Bert", "MobileBert", "Electra", "Albert", "Deberta", "ConvBert", "Funnel", "XLNet")
 # Classes that let tokenizer_config.json say how rows start and end, over what tokenizer.json says.
@@ -371,6 +373,7 @@ def write_tokenizer(folder: Path, engine: Engine, settings: TokenizerSettings) -
         config["added_tokens_decoder"] = engine.added_tokens()
     template = settings.chat_template
     if isinstance(template, dict):
+        _check_names(template)
         files |= {
             f"additional_chat_templates/{k}.jinja": text for k, text in template.items() if k != "default"
         }
@@ -386,6 +389,18 @@ def write_tokenizer(folder: Path, engine: Engine, settings: TokenizerSettings) -
         (folder / name).parent.mkdir(exist_ok=True)
         write_text_atomically(folder / name, text)
     return tuple(folder / name for name in files)
+
+
+def _check_names(templates: Mapping[str, str]) -> None:
+    """Raise for a template whose name, which a stranger's file gives, would lead out of the folder."""
+    for name in templates:
+        if not name or any(character in name for character in "/\\:\0") or len(name) > _LONGEST_NAME:
+            raise TokenizerError(
+                "The name of a chat template cannot be a file's name",
+                where="chat_template",
+                found=repr(name[:100]),
+                mend="Give the template another name.",
+            )
 
 
 def _json(content: Mapping[str, Any]) -> str:

@@ -32,6 +32,7 @@ from pretrained.torch.devices import home_name
 from pretrained.torch.offload import DiskWeights, Span, cannot_copy, files_of
 from pretrained.torch.quantized import IntegerLeaf
 from pretrained.torch.read_ahead import ReadAhead
+from pretrained.torch.releases import Releases
 from pretrained.torch.ring import Loan, Order, Ring, Source, room_for
 from pretrained.torch.staging import flat
 
@@ -117,6 +118,8 @@ class Dispatch:
     homes: Homes
     store: DiskWeights
     handles: list[RemovableHandle] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    """What else `attach` was called with, to call it again."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self.store.__deepcopy__(memo)
@@ -147,11 +150,33 @@ def attach(
         runtimes: Gives the streams of a device; None for one that has none.
     """
     remove_hooks(model)
-    dispatch = Dispatch(homes, store)
-    ahead = ReadAhead()
+    skip_keys = skip_keys if isinstance(skip_keys, str) else tuple(skip_keys)
+    whole = tuple(whole)
+    options = {"skip_keys": skip_keys, "whole": whole, "force": force, "runtimes": runtimes}
+    dispatch = Dispatch(homes, store, options=options)
+    try:
+        _add_hooks(model, dispatch, skip_keys, whole, force, runtimes)
+    except BaseException:
+        # Half of the hooks would bring weights in and never put them back.
+        for handle in dispatch.handles:
+            handle.remove()
+        raise
+
+
+def _add_hooks(
+    model: nn.Module,
+    dispatch: Dispatch,
+    skip_keys: Iterable[str],
+    whole: Iterable[str],
+    force: bool,
+    runtimes: Callable[[torch.device], Runtime | None],
+) -> None:
+    """Do what `attach` says, and note the dispatch on the model at the end."""
+    homes, store = dispatch.homes, dispatch.store
+    ahead, releases = ReadAhead(), Releases(store)
     runtime = {device: runtimes(device) for device in homes.devices}
     fast = frozenset(device for device, found in runtime.items() if found is not None)
-    parts = _parts(model, homes, store, ahead, frozenset((*WHOLE, *whole)), fast)
+    parts = _parts(model, homes, store, ahead, releases, frozenset((*WHOLE, *whole)), fast)
     for part, following in pairwise(parts):
         part.successor = following
     skip = frozenset([skip_keys] if isinstance(skip_keys, str) else skip_keys)
@@ -177,6 +202,8 @@ def attach(
     for module, below in _sweepers(model, parts):
         sweep = _Sweep(below)
         dispatch.handles.append(module.register_forward_hook(sweep.after, always_call=True))
+    if store.nbytes:
+        dispatch.handles.append(model.register_forward_hook(releases.after, always_call=True))
     if not parts and not dispatch.handles and not force:
         return
     model._dispatch = dispatch  # type: ignore[assignment]
@@ -302,9 +329,10 @@ class _Part:
         slots: Sequence[Slot],
         spans: Sequence[Span],
         reader: ReadAhead,
+        releases: Releases,
     ) -> None:
         self.path, self.module, self.device = path, module, device
-        self.slots, self.spans, self.reader = slots, spans, reader
+        self.slots, self.spans, self.reader, self.releases = slots, spans, reader, releases
         self.files = files_of(spans)
         # Of a table only some rows are read, so fetching all of it ahead would be waste.
         self.ahead = [] if isinstance(module, nn.Embedding | nn.EmbeddingBag) else list(spans)
@@ -353,8 +381,8 @@ class _Part:
 
     def release(self) -> None:
         self.is_requested = False
-        for span in self.spans:
-            span.release()
+        if self.spans:
+            self.releases.add(self.spans)
 
     def sources(self) -> Sequence[Source]:
         """Return what the ring may fetch ahead; nothing while the part runs, for its weights are there."""
@@ -463,6 +491,7 @@ def _parts(
     homes: Homes,
     store: DiskWeights,
     reader: ReadAhead,
+    releases: Releases,
     whole: frozenset[str],
     fast: frozenset[torch.device],
 ) -> list[_Part]:
@@ -488,7 +517,7 @@ def _parts(
             if span is not None or tensor.device != device or (device in fast and device.type == "cpu"):
                 away.append(slot)
         if away:
-            parts.append(_Part(path, modules[path], device, away, spans, reader))
+            parts.append(_Part(path, modules[path], device, away, spans, reader, releases))
     return parts
 
 

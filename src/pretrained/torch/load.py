@@ -18,12 +18,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from pretrained.core.adapter_files import base_of, is_adapter
 from pretrained.core.budgets import DISK, available_host_memory
 from pretrained.core.checkpoint import Checkpoint, TensorInfo
 from pretrained.core.collector import no_collection
 from pretrained.core.config import PreTrainedConfig
 from pretrained.core.dtypes import DTYPES, floating_dtype_name
 from pretrained.core.file_state import check_load
+from pretrained.core.hub import Source
 from pretrained.core.keys import KeyRule
 from pretrained.core.options import LoadOptions, unknown_argument
 from pretrained.core.plan import LoadPlan, LoadPolicy, LoadStep, check_depth, plan_load
@@ -69,7 +71,7 @@ from pretrained.torch.quantizers.choose import quantizer_for
 from pretrained.torch.rounding import Packed
 from pretrained.torch.serial_threads import serial_pool
 from pretrained.torch.tensors import TORCH_DTYPES, Read, dtype_name_of, mapped_reader, state_dict_reader
-from pretrained.torch.ties import settle_ties
+from pretrained.torch.ties import settle_ties, shared_by_construction
 from pretrained.torch.uploads import Uploads
 
 logger = logging.getLogger(__name__)
@@ -82,7 +84,9 @@ Model = TypeVar("Model", bound=Any)
 
 # Tensors made in inference mode could never be trained, nor used with any that are.
 @torch.inference_mode(False)
-def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: Any, **kwargs: Any) -> Any:
+def from_pretrained(
+    cls: type[Model], path: str | Path | Source | None, /, *model_args: Any, **kwargs: Any
+) -> Any:
     """Load a model; `PreTrainedModel.from_pretrained` documents the arguments.
 
     Args:
@@ -92,6 +96,7 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
         **kwargs: Options, config overrides and constructor arguments.
     """
     started = time.perf_counter()
+    given = dict(kwargs)
     options = LoadOptions.take(kwargs)
     # A budget is held against a map of one device too, which takes the sizes that only a plan knows.
     is_simple = is_one_device(options.device_map) and options.max_memory is None
@@ -99,6 +104,8 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     check_dtype(options.dtype)
     check_generation_config(options.generation_config)
     source = find_source(path, options)
+    if source is not None and is_adapter(source, options.variant):
+        return _with_adapter(cls, source, options, model_args, given)
     checkpoint = open_weights(source, options)
     states = checkpoint.states
     config, kwargs = read_model_config(cls, source, checkpoint, options, kwargs)
@@ -157,6 +164,19 @@ def from_pretrained(cls: type[Model], path: str | Path | None, /, *model_args: A
     return (model, report.loading_info()) if options.output_loading_info else model
 
 
+def _with_adapter(
+    cls: type[Any], source: Source, options: LoadOptions, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Load the model that an adapter was trained on, and put the adapter into it."""
+    # These said where the adapter is, and the base model has been looked up with them.
+    for name in ("adapter_name", "adapter_kwargs", "revision", "subfolder"):
+        kwargs.pop(name, None)
+    loaded = from_pretrained(cls, base_of(source), *args, **kwargs)
+    model = loaded[0] if options.output_loading_info else loaded
+    model.load_adapter(source, options.adapter_name)
+    return loaded
+
+
 @torch.inference_mode(False)
 def from_config(
     cls: type[Model],
@@ -206,7 +226,9 @@ def build_empty(cls: type[Model], config: PreTrainedConfig, *args: Any, **kwargs
     _check_arguments(cls, config, args, kwargs)
     try:
         with no_memory(), no_collection():
-            return cls(config, *args, **kwargs)
+            model = cls(config, *args, **kwargs)
+            model._shared_weights = shared_by_construction(model)
+            return model
     except ConfigError as error:
         if config.name_or_path and config.name_or_path not in str(error.where):
             error.where = f"{error.where}, {config.name_or_path}" if error.where else config.name_or_path

@@ -22,7 +22,7 @@ from pretrained.errors import ArgumentError, CheckpointError, NotYetError
 from pretrained.torch.tensors import TORCH_DTYPES, dtype_name_of
 
 
-def find_source(path: str | Path | None, options: LoadOptions) -> Source | None:
+def find_source(path: str | Path | Source | None, options: LoadOptions) -> Source | None:
     """Return where a load's files come from, or None for a state dict.
 
     Args:
@@ -38,7 +38,7 @@ def find_source(path: str | Path | None, options: LoadOptions) -> Source | None:
             raise ArgumentError(
                 "Nothing to load from",
                 where="pretrained_model_name_or_path",
-                found=None,
+                found="None",
                 mend="Pass a name or path, or both config= and state_dict=.",
             )
         return None

@@ -15,26 +15,40 @@ from pretrained.core.config_values import hints
 from pretrained.core.generation_config import GenerationConfig
 from pretrained.core.keys import KeyRule
 from pretrained.core.options import refuse
+from pretrained.core.own_code import AutoClassMixin
 from pretrained.core.push import PushToHubMixin
+from pretrained.core.registry import AUTO_CLASSES
 from pretrained.errors import ArgumentError, UnknownArgumentError
 from pretrained.torch import load, save
+from pretrained.torch.adapters_mixin import AdapterMixin
 from pretrained.torch.attention import check_attn_implementation
+from pretrained.torch.checkpointing import CheckpointingMixin
 from pretrained.torch.embeddings_mixin import EmbeddingAccessMixin
+from pretrained.torch.facts_mixin import ModelFactsMixin
 from pretrained.torch.initialise import initialise, initialise_module
 from pretrained.torch.mapped_mixin import MappedModelMixin
 from pretrained.torch.placed_mixin import PlacedModelMixin
+from pretrained.torch.pruning import HeadPruningMixin
 from pretrained.torch.quantize import all_ties
 from pretrained.torch.quantized_mixin import QuantizedModelMixin
+from pretrained.torch.resize_mixin import ResizeMixin
+from pretrained.torch.ties import check_fits, share
 from pretrained.torch.utils_mixin import ModuleUtilsMixin
 
 
 class PreTrainedModel(
+    AutoClassMixin,
     QuantizedModelMixin,
     MappedModelMixin,
     PlacedModelMixin,
     nn.Module,
     EmbeddingAccessMixin,
+    ResizeMixin,
     ModuleUtilsMixin,
+    HeadPruningMixin,
+    CheckpointingMixin,
+    AdapterMixin,
+    ModelFactsMixin,
     PushToHubMixin,
 ):
     """Base of every model.
@@ -57,6 +71,7 @@ class PreTrainedModel(
 
     config_class: ClassVar[type[PreTrainedConfig]] = PreTrainedConfig
     base_model_prefix: ClassVar[str] = ""
+    _auto_classes = tuple(AUTO_CLASSES.values())
     main_input_name: ClassVar[str] = "input_ids"
     key_rules: ClassVar[Sequence[KeyRule]] = ()
 
@@ -66,6 +81,7 @@ class PreTrainedModel(
     _keys_to_ignore_on_load_missing: ClassVar[Sequence[str]] = ()
     _keys_to_ignore_on_load_unexpected: ClassVar[Sequence[str]] = ()
     _keys_to_ignore_on_save: ClassVar[Sequence[str]] = ()
+    _skip_keys_device_placement: ClassVar[str | Sequence[str]] = ()
     _keep_in_fp32_modules: ClassVar[Sequence[str]] = ()
     _keep_in_fp32_modules_strict: ClassVar[Sequence[str]] = ()
 
@@ -87,6 +103,9 @@ class PreTrainedModel(
 
     def post_init(self) -> None:
         """Initialise what is not yet initialised and tie what is tied; the end of every ``__init__``."""
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel) and module is not self:
+                module.__dict__["_part_of"] = type(self).__name__
         if any(parameter.is_meta for parameter in self.parameters()):
             self.tie_weights()
         else:
@@ -136,10 +155,15 @@ class PreTrainedModel(
         Args:
             missing_keys: Accepted for compatibility: ties do not depend on what a file lacked.
             recompute_mapping: Accepted for compatibility: the ties follow from the config each time.
+
+        Raises:
+            ArgumentError: a layer's bias has another length than the weight it is tied to; nothing has
+                changed then.
         """
-        for alias, owner in all_ties(self).items():
-            path, _, name = alias.rpartition(".")
-            setattr(self.get_submodule(path), name, self.get_parameter(owner))
+        ties = all_ties(self)
+        check_fits(self, {alias: self.get_parameter(owner) for alias, owner in ties.items()})
+        for alias, owner in ties.items():
+            share(self, alias, self.get_parameter(owner))
 
     def init_weights(self) -> None:
         """Initialise every module that is not yet initialised, then tie."""

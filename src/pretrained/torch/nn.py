@@ -8,7 +8,9 @@ libraries find what they look for.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -137,6 +139,17 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.zeros(nf))
         nn.init.normal_(self.weight, std=0.02)
 
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        # peft (and others) know this layer by the class of another library, which is asked for only where
+        # something has imported it: isinstance(layer, theirs) is then true, as it is of ours.
+        theirs = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+        return type(self) if theirs is None else theirs
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # By its own class: pickle would look at `__class__`.
+        return _new_module, (type(self),), self.__getstate__()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer to the last axis."""
         return F.linear(x, self.weight.t(), self.bias)
@@ -144,6 +157,10 @@ class Conv1D(nn.Module):
     def extra_repr(self) -> str:
         """Show the sizes when the module is printed."""
         return f"nf={self.nf}, nx={self.nx}"
+
+
+def _new_module(cls: type[nn.Module]) -> nn.Module:
+    return cls.__new__(cls)
 
 
 # Functions with names rather than lambdas, so that a model that holds one can be pickled.

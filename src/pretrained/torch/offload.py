@@ -22,7 +22,7 @@ import os
 import struct
 import sys
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -122,6 +122,30 @@ class Span:
             return
         release_pages(self._first, self._length)
 
+    def touches(self, after: Span) -> bool:
+        """Tell whether another span follows this one in the same map, with no whole page between.
+
+        Args:
+            after: A span at a higher address.
+        """
+        return self.file is after.file and after.address - (self.address + self.info.nbytes) < PAGE
+
+
+def release_run(run: Sequence[Span]) -> None:
+    """Release neighbours as one where none of them was edited.
+
+    Args:
+        run: Spans of one map, by address, each touching the next.
+    """
+    first = -(-run[0].address // PAGE) * PAGE
+    length = (run[-1].address + run[-1].info.nbytes) // PAGE * PAGE - first
+    known = any(span.is_edited for span in run) or not _CAN_RELEASE or length <= 0
+    if len(run) == 1 or known or _edited(first, length, *(span.tensor for span in run)):
+        for span in run:
+            span.release()
+    else:
+        release_pages(first, length)
+
 
 def release_clean(tensor: torch.Tensor) -> None:
     """Give back the pages of a tensor that are a file's own, if none was written to.
@@ -139,14 +163,14 @@ def release_clean(tensor: torch.Tensor) -> None:
         release_pages(first, length)
 
 
-def _edited(address: int, length: int, tensor: torch.Tensor) -> bool:
+def _edited(address: int, length: int, *tensors: torch.Tensor) -> bool:
     """Tell whether any page was written to, and is a private copy now."""
     try:
         with open(_PAGEMAP, "rb", buffering=0) as pagemap:
             return _scan(pagemap.fileno(), address, length)
     except OSError:
         # Without a page table to ask: torch counts edits, except those through `.data`.
-        return tensor._version > 0
+        return any(tensor._version > 0 for tensor in tensors)
 
 
 def _scan(pagemap: int, address: int, length: int) -> bool:
@@ -175,7 +199,7 @@ class DiskWeights:
     """
 
     def __init__(self, expected: Mapping[Path, FileState] | None = None) -> None:
-        self._maps = MappedFiles(expected)
+        self._maps = MappedFiles(expected, huge_pages=True)
         self._files: dict[Path, WatchedFile] = {}
         self._spans: dict[int, Span] = {}
         self._cleanups: list[weakref.finalize[..., Any]] = []

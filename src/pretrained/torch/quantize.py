@@ -227,6 +227,7 @@ def all_ties(model: Any) -> dict[str, str]:
     """
     declared = getattr(model, "ties", None)
     ties: dict[str, str] = dict(declared()) if callable(declared) else {}
+    ties |= {alias: owner for alias, owner in _shared(model).items() if alias not in ties}
     for alias, owner in list(ties.items()):
         path, _, name = owner.rpartition(".")
         try:
@@ -242,6 +243,12 @@ def all_ties(model: Any) -> dict[str, str]:
                 if getattr(leaf, scale, None) is not None:
                     ties[f"{alias.removesuffix('weight')}{scale}"] = f"{path}.{scale}"
     return ties
+
+
+def _shared(model: Any) -> dict[str, str]:
+    """Return what a load found to be shared without a tie that says so."""
+    shared: dict[str, str] = getattr(model, "_shared_weights", {})
+    return shared
 
 
 def module_ties(model: Any) -> dict[str, str]:

@@ -45,6 +45,7 @@ class ReadAhead:
 
     def __init__(self) -> None:
         self._last: Part | None = None
+        self._bytes_ahead = 0
         self._pool: ThreadPoolExecutor | None = None
 
     def enter(self, part: Part) -> None:
@@ -56,7 +57,14 @@ class ReadAhead:
         if self._last is not None and self._last is not part:
             self._last.successor = part
         self._last = part
+        if part.is_requested:
+            self._bytes_ahead -= _nbytes(part)
+            # Much is on its way still: to look at each layer would cost more than it finds.
+            if self._bytes_ahead > WINDOW * 3 // 4:
+                return
+        self._bytes_ahead = 0
         for coming in _coming(part):
+            self._bytes_ahead += _nbytes(coming)
             if not coming.is_requested:
                 coming.is_requested = True
                 for span in coming.ahead:
@@ -85,8 +93,12 @@ def _coming(part: Part) -> Iterator[Part]:
     while coming is not None and nbytes < WINDOW and id(coming) not in seen:
         yield coming
         seen.add(id(coming))
-        nbytes += sum(span.info.nbytes for span in coming.ahead)
+        nbytes += _nbytes(coming)
         coming = coming.successor
+
+
+def _nbytes(part: Part) -> int:
+    return sum(span.info.nbytes for span in part.ahead)
 
 
 def _read(file: WatchedFile, start: int, length: int) -> None:

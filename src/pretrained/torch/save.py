@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import inspect
 import logging
+import mmap
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,15 +14,22 @@ from typing import Any
 
 import torch
 
-from pretrained.core.atomic_files import errors_with_mend
+from pretrained.core.adapter_files import ADAPTER_CONFIG, ADAPTER_STEM
+from pretrained.core.atomic_files import errors_with_mend, one_saver, write_text_atomically
+from pretrained.core.config import CONFIG_NAME
 from pretrained.core.disk_space import free_bytes
+from pretrained.core.generation_config import GENERATION_CONFIG_NAME
+from pretrained.core.own_code import own_code, write_own_code
+from pretrained.core.push import prepare_push
 from pretrained.core.weights_names import candidates
 from pretrained.core.writer import plan_shards, write_checkpoint
-from pretrained.errors import ArgumentError, FileError, NotYetError, UnknownArgumentError, did_you_mean
+from pretrained.errors import ArgumentError, ConfigError, FileError, NotYetError
+from pretrained.torch.adapters_mixin import adapter_to_write
 from pretrained.torch.dispatch import disk_weights_of
 from pretrained.torch.mapped_mixin import check_files
 from pretrained.torch.offload import ReleaseBehind
 from pretrained.torch.quantize import all_ties, quantized_leaves
+from pretrained.torch.saved_weights import class_of, unknown_aliases, whole_tensors, without_wrappers
 from pretrained.torch.tensors import dtype_name_of
 from pretrained.torch.ties import head_tie
 
@@ -31,7 +39,6 @@ DEFAULT_SHARD_SIZE = "5GB"
 
 # Known to the ecosystem and not offered yet: name -> (values that ask for nothing, when to expect it).
 _LATER: dict[str, tuple[tuple[Any, ...], str]] = {
-    "save_peft_format": ((None, True), "It comes with the release of adapters."),
     "distributed_checkpoint": ((None, False), "It comes with the release for several machines."),
 }
 
@@ -53,11 +60,17 @@ class _TensorSource:
     def read(self) -> memoryview:
         self._behind.enter(self.tensor)
         check_files(self._model)
-        tensor = self.tensor.detach().cpu().contiguous()
-        if not tensor.numel():
-            return memoryview(b"")
-        # A buffer of plain bytes: numpy has no name for every dtype of torch.
-        return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+        return memoryview(_bytes_of(self.tensor).numpy().data)
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's bytes, row by row; of a contiguous one on the CPU without a copy."""
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+    if tensor.numel() and not tensor.is_contiguous():
+        # Memory of its own, which goes back to the system with it; the heap keeps what several tensors took.
+        room = torch.frombuffer(mmap.mmap(-1, tensor.numel() * tensor.element_size()), dtype=tensor.dtype)
+        tensor = room.view(tensor.shape).copy_(tensor)
+    return tensor.view(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
 
 
 def save_pretrained(
@@ -72,9 +85,13 @@ def save_pretrained(
     safe_serialization: bool = True,
     variant: str | None = None,
     save_original_format: bool = True,
+    save_peft_format: bool = True,
     **kwargs: Any,
 ) -> None:
     """Write a model into a folder: the weights, config.json and generation_config.json.
+
+    Of a model with adapters the active one is written, and nothing else: adapter_model.safetensors and
+    adapter_config.json.
 
     Each file is written under a temporary name and renamed, so a reader finds the checkpoint that was there
     or the new one. Saving into the folder that the model was loaded from is safe. Weights come first: no
@@ -87,7 +104,7 @@ def save_pretrained(
         state_dict: Weights to write instead of the model's own.
         save_function: Writes one pickle, as ``save_function(tensors by name, path)``; None for
             ``torch.save``. It has a say only with ``safe_serialization=False``.
-        push_to_hub: Also push the folder's content; `kwargs` are then those of `push_to_hub`.
+        push_to_hub: Also push the files written; `kwargs` are then those of `push_to_hub`.
         max_shard_size: Most bytes a file may hold (a number, or "5GB", "200MB", "1GiB").
         safe_serialization: True writes model.safetensors, False pytorch_model.bin, with an index where
             the size makes several files.
@@ -95,6 +112,7 @@ def save_pretrained(
         save_original_format: Give weights the names they had in the files they were loaded from, where
             an architecture's key rule changed them; False writes the names of the modules. What a
             `key_mapping` renamed keeps the modules' names either way, so that the folder loads without it.
+        save_peft_format: Begin the names in an adapter's file with peft's prefix; False leaves it out.
         **kwargs: `repo_id` and the other arguments of `push_to_hub`.
 
     Raises:
@@ -105,8 +123,10 @@ def save_pretrained(
             or pickles are to go where safetensors files, which loads prefer, already are.
         ConfigError: the config cannot be written as JSON; the weights are.
     """
-    _check_arguments(model, kwargs, push_to_hub=push_to_hub)
+    _refuse_later(kwargs)
     folder = _folder(save_directory)
+    known = inspect.signature(save_pretrained).parameters
+    push = prepare_push("save_pretrained", folder, push_to_hub, kwargs, known)
     if save_function is not None and not callable(save_function):
         raise ArgumentError(
             "save_function is not a function of (tensors by name, path)",
@@ -115,28 +135,50 @@ def save_pretrained(
         )
     if not is_main_process:
         return
-    weights = weights_to_write(model, state_dict, save_original_format)
+    adapter_config = None
+    if model.has_adapters():
+        weights, adapter_config = adapter_to_write(model, state_dict, save_peft_format)
+        max_shard_size = sum(tensor.nbytes for tensor in weights.values()) + 1
+    else:
+        weights = weights_to_write(model, state_dict, save_original_format)
+    code_map, code = own_code(class_of(model), type(model.config)) if adapter_config is None else ({}, {})
+    if code_map:
+        model.config.auto_map = {**(getattr(model.config, "auto_map", None) or {}), **code_map}
+    stem = "model" if adapter_config is None else ADAPTER_STEM
     behind = ReleaseBehind(disk_weights_of(model))
     sources = {key: _TensorSource(tensor, behind, model) for key, tensor in weights.items()}
     _check_values(weights)
-    names = {} if safe_serialization else {"file_stem": "pytorch_model", "suffix": ".bin"}
+    names = {"file_stem": stem}
+    if not safe_serialization:
+        names = {"file_stem": "pytorch_model" if adapter_config is None else stem, "suffix": ".bin"}
     sizes = {key: source.nbytes for key, source in sources.items()}
     plan = plan_shards(sizes, max_shard_size, variant=variant, **names)
+    texts, fault = config_texts(model) if adapter_config is None else ({ADAPTER_CONFIG: adapter_config}, None)
     with errors_with_mend(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    if safe_serialization:
-        if save_function not in (None, torch.save):
-            logger.warning("save_function writes pickles; safetensors files are written without it.")
-        write_checkpoint(folder, plan, sources, {"format": "pt"}, variant=variant)
-    else:
-        _refuse_beside_safetensors(folder, variant)
-        write_file = _pickle_writer(model, weights, save_function or torch.save)
-        write_checkpoint(
-            folder, plan, sources, file_stem=plan.file_stem, variant=variant, write_file=write_file
-        )
-    _write_configs(model, folder)
-    if push_to_hub:
-        model.push_to_hub(kwargs.pop("repo_id", None) or folder.name, **kwargs)
+    with one_saver(folder):
+        write_own_code(folder, {name: text for name, text in code.items() if "/" in name})
+        texts |= {name: text for name, text in code.items() if "/" not in name}
+        if safe_serialization:
+            if save_function not in (None, torch.save):
+                logger.warning("save_function writes pickles; safetensors files are written without it.")
+            write_checkpoint(
+                folder, plan, sources, {"format": "pt"}, file_stem=stem, variant=variant, texts=texts
+            )
+        else:
+            _refuse_beside_safetensors(folder, variant, plan.file_stem)
+            write_checkpoint(
+                folder,
+                plan,
+                sources,
+                file_stem=plan.file_stem,
+                variant=variant,
+                write_file=_pickle_writer(model, weights, save_function or torch.save),
+                texts=texts,
+            )
+    if fault is not None:
+        raise fault
+    push(model)
 
 
 def weights_to_write(
@@ -156,15 +198,16 @@ def weights_to_write(
         raise ArgumentError("state_dict is not a dictionary", where="state_dict", found=type(state_dict))
     if state_dict is None:
         _refuse_unsavable(model)
-    weights = dict(model.state_dict() if state_dict is None else state_dict)
-    for key, tensor in weights.items():
+    given = dict(model.state_dict() if state_dict is None else state_dict)
+    for key, tensor in given.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
             raise ArgumentError(
                 "state_dict holds something else than tensors by name",
                 where=f"state_dict[{key!r}]",
                 found=type(tensor).__name__,
             )
-    for alias, owner in all_ties(model).items():
+    weights = whole_tensors(without_wrappers(given, model))
+    for alias, owner in {**all_ties(model), **unknown_aliases(model, weights)}.items():
         # Written only where the two have come apart, for then the file must say so.
         if alias in weights and owner in weights and _same_memory(weights[alias], weights[owner]):
             del weights[alias]
@@ -207,22 +250,10 @@ def _same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
     )
 
 
-def _check_arguments(model: Any, kwargs: dict[str, Any], *, push_to_hub: bool) -> None:
+def _refuse_later(kwargs: dict[str, Any]) -> None:
     for name, (idle, release) in _LATER.items():
         if kwargs.pop(name, None) not in idle:
             raise NotYetError(f"save_pretrained does not offer {name} yet", where=name, mend=release)
-    known = [*inspect.signature(save_pretrained).parameters][2:-1]
-    takes = ["repo_id", *inspect.signature(model.push_to_hub).parameters] if push_to_hub else []
-    for name in kwargs:
-        if name not in takes:
-            only_push = name in inspect.signature(model.push_to_hub).parameters
-            raise UnknownArgumentError(
-                f"save_pretrained does not know the argument {name!r}",
-                where=name,
-                mend="It belongs to push_to_hub=True."
-                if only_push and not push_to_hub
-                else did_you_mean(name, [*known, *takes]) or "Leave it out.",
-            )
 
 
 def _check_values(weights: Mapping[str, torch.Tensor]) -> None:
@@ -235,12 +266,13 @@ def _check_values(weights: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def _refuse_beside_safetensors(folder: Path, variant: str | None) -> None:
+def _refuse_beside_safetensors(folder: Path, variant: str | None, stem: str) -> None:
     """Raise where a pickle would be written that no load would ever find."""
-    present = [name for name in candidates(variant, True) if (folder / name).exists()]
+    names = [f"{stem}.safetensors"] if stem == ADAPTER_STEM else candidates(variant, True)
+    present = [name for name in names if (folder / name).exists()]
     if present:
         raise FileError(
-            f"The folder holds {present[0]}, which is loaded instead of pytorch_model.bin",
+            f"The folder holds {present[0]}, which is loaded instead of {stem}.bin",
             where=folder,
             mend="Save into another folder, or remove that file first if it is out of date.",
         )
@@ -276,25 +308,62 @@ def _pickle_writer(
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach().cpu().contiguous()
-    own = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if own else tensor.clone()
+    """Return a tensor whose storage holds nothing else: a pickle takes whole storages."""
+    if not tensor.numel():
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    # A new view of the same bytes has a storage of its own size, so a contiguous tensor is not copied.
+    return torch.from_numpy(_bytes_of(tensor).numpy()).view(tensor.dtype).view(tensor.shape)
 
 
-def _write_configs(model: Any, folder: Path) -> None:
+def config_texts(model: Any) -> tuple[dict[str, str], ConfigError | None]:
+    """Return the texts of config.json and generation_config.json.
+
+    The config is set to say which class and dtype are saved, and whether the head is tied.
+
+    Args:
+        model: A `PreTrainedModel`, with its weights.
+
+    Returns:
+        The texts by file name, and what is wrong with a config that cannot be written.
+    """
     config = model.config
     # Set one by one and not by `update`, which would refuse a config that contradicts itself.
-    config.architectures, config.dtype = [type(model).__name__], dtype_name_of(model.dtype)
+    config.architectures, config.dtype = [class_of(model).__name__], dtype_name_of(model.dtype)
     alias, owner = head_tie(model)
     if alias is not None and config.tie_word_embeddings:
         weights = model.state_dict(keep_vars=True)
         if alias in weights and owner in weights and not _same_memory(weights[alias], weights[owner]):
             logger.warning("%s is no longer tied to %s; the config now says so.", alias, owner)
             config.tie_word_embeddings = False
-    config.save_pretrained(folder)
+    texts: dict[str, str] = {}
+    fault = None
+    try:
+        texts[CONFIG_NAME] = config.to_json_string()
+    except ConfigError as error:
+        fault = error
     if model.generation_config is not None:
+        # Days of training are not lost to a sampling flag: the weights are written all the same.
         try:
-            model.generation_config.save_pretrained(folder)
-        except ValueError as error:
-            # Days of training are not lost to a sampling flag: the weights are written all the same.
+            model.generation_config.warn_before_saving()
+            texts[GENERATION_CONFIG_NAME] = model.generation_config.to_json_string()
+        except (ValueError, TypeError) as error:
             logger.warning("generation_config.json was not written: %s", error)
+    return texts, fault
+
+
+def write_configs(model: Any, folder: Path) -> None:
+    """Write config.json and generation_config.json beside weights that something else has written.
+
+    Args:
+        model: A `PreTrainedModel`, with its weights.
+        folder: Where.
+
+    Raises:
+        FileError: one of them cannot be written.
+        ConfigError: the config cannot be written as JSON; the generation config is.
+    """
+    texts, fault = config_texts(model)
+    for name, text in texts.items():
+        write_text_atomically(folder / name, text)
+    if fault is not None:
+        raise fault

@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from pretrained.core.checkpoint import Checkpoint, TensorInfo
 from pretrained.core.keys import match_keys
+from pretrained.errors import ArgumentError
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,50 @@ def settle_ties(
         config.tie_word_embeddings = tied
 
 
+def check_fits(model: Any, shared: Mapping[str, nn.Parameter]) -> None:
+    """Raise where tying would leave a layer with a weight and a bias of different lengths.
+
+    Args:
+        model: The model.
+        shared: What each alias is to become.
+
+    Raises:
+        ArgumentError: it would.
+    """
+    for alias, parameter in shared.items():
+        path, _, name = alias.rpartition(".")
+        module = model.get_submodule(path)
+        if type(module) is not nn.Linear or name != "weight" or module.bias is None:
+            continue
+        bias = shared.get(f"{path}.bias", module.bias)
+        if len(bias) != len(parameter):
+            raise ArgumentError(
+                "A layer cannot be tied to a weight with another number of rows than its bias has",
+                where=f"{path}.bias",
+                expected=len(parameter),
+                found=len(bias),
+                mend="Use resize_token_embeddings, which changes both, or replace the layer first.",
+            )
+
+
+def share(model: Any, alias: str, parameter: nn.Parameter) -> None:
+    """Make one more layer hold a parameter, and say how many rows that has.
+
+    Args:
+        model: The model.
+        alias: Where.
+        parameter: What.
+    """
+    path, _, name = alias.rpartition(".")
+    module = model.get_submodule(path)
+    setattr(module, name, parameter)
+    # Only layers that are known to count rows of their weight: packed weights have other shapes.
+    if name == "weight" and type(module) is nn.Linear:
+        module.out_features = len(parameter)
+    elif name == "weight" and type(module) is nn.Embedding:
+        module.num_embeddings = len(parameter)
+
+
 def head_tie(model: Any) -> tuple[str | None, str]:
     """Return the alias and the owner of the tie that `tie_word_embeddings` decides about.
 
@@ -84,6 +130,37 @@ def head_tie(model: Any) -> tuple[str | None, str]:
     config.tie_word_embeddings = said
     alias = next((key for key in ties[True] if key not in ties[False]), None)
     return alias, "" if alias is None else ties[True][alias]
+
+
+def shared_by_construction(model: Any) -> dict[str, str]:
+    """Return which parameters are one object and are not declared as ties, as alias -> owner.
+
+    A class of one's own may share modules or parameters in its ``__init__`` and say nothing of it in `ties`.
+
+    Args:
+        model: A model as its class builds it, with or without memory.
+    """
+    first: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(parameter), key)
+        if owner != key:
+            shared[key] = owner
+    if not shared:
+        return {}
+    declared = _declared(model)
+    return {alias: owner for alias, owner in shared.items() if not {alias, owner} & declared}
+
+
+def _declared(model: Any) -> set[str]:
+    """Return the aliases of all ties that a model's class knows, whatever its config says of the head."""
+    config = model.config
+    said, found = config.tie_word_embeddings, set()
+    for word in (True, False):
+        config.tie_word_embeddings = word
+        found |= {*model.ties()}
+    config.tie_word_embeddings = said
+    return found
 
 
 def same_bytes(first: TensorInfo, second: TensorInfo) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 from pretrained.errors import ArgumentError
+
+logger = logging.getLogger(__name__)
 
 
 class ModuleUtilsMixin:
@@ -56,18 +59,24 @@ class ModuleUtilsMixin:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def estimate_tokens(self, input_dict: Mapping[str, Any]) -> int:
-        """Return how many numbers the main input holds.
+        """Return how many numbers the main input holds; of embeddings in its place, how many vectors.
 
         Args:
-            input_dict: Model inputs by name.
-
-        Raises:
-            ArgumentError: the main input is not among them.
+            input_dict: Model inputs by name. With neither the answer is 0, and a warning says so once:
+                training loops ask at every step.
         """
         name = getattr(self, "main_input_name", "input_ids")
-        if name not in input_dict:
-            raise ArgumentError("The main input is missing", where=name, found=sorted(input_dict))
-        return int(input_dict[name].numel())
+        if input_dict.get(name) is not None:
+            return int(input_dict[name].numel())
+        embeds = input_dict.get("inputs_embeds")
+        if embeds is not None:
+            return int(embeds.shape[:-1].numel())
+        said = self.__dict__.setdefault("warnings_issued", {})
+        if not said.get("estimate_tokens"):
+            said["estimate_tokens"] = True
+            found = ", ".join(sorted(input_dict)) or "nothing"
+            logger.warning("Tokens and operations are not counted: no %s among the inputs (%s).", name, found)
+        return 0
 
     def floating_point_ops(self, input_dict: Mapping[str, Any], exclude_embeddings: bool = True) -> int:
         """Estimate the operations of a forward and backward pass: 6 for each token and parameter.
@@ -144,8 +153,18 @@ class ModuleUtilsMixin:
 
         Returns:
             [batch, 1, query, key] of ones and zeros, not inverted.
+
+        Raises:
+            ArgumentError: the mask is shorter than the input.
         """
         length, total = input_shape[1], attention_mask.shape[1]
+        if length > total:
+            raise ArgumentError(
+                "The mask is shorter than the input",
+                where="attention_mask",
+                expected=f"[batch, {length}] or longer, by what comes before the input",
+                found=list(attention_mask.shape),
+            )
         causal = torch.ones(length, total, dtype=attention_mask.dtype, device=attention_mask.device)
         mask = causal.tril(total - length)[None, None] * attention_mask[:, None, None]
         return mask if device is None else mask.to(device)

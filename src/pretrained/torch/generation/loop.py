@@ -122,6 +122,16 @@ class Decoder:
             arguments[self._positions_name] = self._positions
         return self.model(**arguments)
 
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Let each row go on from what another one has seen.
+
+        Args:
+            rows: [rows] which row to take for each; only rows of the same prompt may change places, as
+                masks, positions and the encoder's output stay.
+        """
+        if self.cache is not None:
+            self.cache.reorder_cache(rows)
+
     def take_back(self, tokens: int) -> None:
         """Remove the newest tokens from the cache.
 

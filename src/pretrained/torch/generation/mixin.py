@@ -131,6 +131,10 @@ class GenerationMixin:
         behind = _may_look_behind(prepared, criteria, streamer)
         decoder = HookedDecoder if _is_hooked(self) else Decoder
         run = strategies.Run(
+            model=self,
+            config=config,
+            inputs=prepared,
+            lengths=lengths,
             decoder=decoder(self, prepared, config, lengths.new_tokens, margin=int(behind)),
             sequences=Sequences(prepared.input_ids, lengths.new_tokens),
             processors=processors,

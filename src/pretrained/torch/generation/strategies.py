@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 
+from pretrained.core.generation_config import GenerationConfig
+from pretrained.torch.generation.inputs import GenerationInputs
 from pretrained.torch.generation.logits import LogitsProcessorList
 from pretrained.torch.generation.loop import Decoder, Sequences, last_logits
 from pretrained.torch.generation.recorder import Recorder
+from pretrained.torch.generation.settings import Lengths
 from pretrained.torch.generation.stopping import MaxLengthCriteria, StopCheck, StoppingCriteriaList
 
 Pick = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -23,6 +26,10 @@ class Run:
     """Everything that a strategy needs: the decisions are made, and nothing is left on the model.
 
     Attributes:
+        model: The model that generates.
+        config: The settled config.
+        inputs: What the model starts from.
+        lengths: The settled lengths.
         decoder: Runs the model.
         sequences: Tokens so far; filled by the strategy.
         processors: Rules on the scores.
@@ -34,6 +41,10 @@ class Run:
         behind: Look at the verdict of a step while the next one runs (see `StopCheck`).
     """
 
+    model: Any
+    config: GenerationConfig
+    inputs: GenerationInputs
+    lengths: Lengths
     decoder: Decoder
     sequences: Sequences
     processors: LogitsProcessorList

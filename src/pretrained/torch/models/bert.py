@@ -65,9 +65,11 @@ class BertPreTrainedModel(PreTrainedModel):
     base_model_prefix = arch.BASE_MODEL_PREFIX
     key_rules = arch.KEY_RULES
     _no_split_modules = arch.NO_SPLIT
+    supports_gradient_checkpointing = True
     # Files of models without a pooler serve classes that have one, and the report says so.
     _optional_weights = ("pooler",)
     _input_embedding = "embeddings.word_embeddings"
+    _position_embedding = "embeddings.position_embeddings"
     _output_embedding = "cls.predictions.decoder"
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pretrained.arch.bert import BertConfig, language_head_ties
+from pretrained.errors import ArgumentError
 from pretrained.torch.cache import Cache
 from pretrained.torch.heads import last_logits
 from pretrained.torch.losses import causal_lm_loss
@@ -65,7 +66,20 @@ class LanguageHead(Head):
     _head_path: ClassVar[str]
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the decoder, and with it the bias that it shares."""
+        """Replace the decoder, and with it the bias that it shares.
+
+        Args:
+            new_embeddings: The new decoder, with a bias.
+
+        Raises:
+            ArgumentError: it has none, or as for every model.
+        """
+        if getattr(new_embeddings, "bias", None) is None:
+            raise ArgumentError(
+                "This head's decoder has a bias",
+                where="new_embeddings.bias",
+                found=repr(new_embeddings)[:100],
+            )
         super().set_output_embeddings(new_embeddings)
         self.get_submodule(self._head_path).bias = new_embeddings.bias
 

@@ -19,6 +19,7 @@ from pretrained.torch.attention import attend
 from pretrained.torch.cache import Cache, EncoderDecoderCache
 from pretrained.torch.inputs import new_positions
 from pretrained.torch.nn import activation
+from pretrained.torch.pruning import HeadParts
 
 
 class BertEmbeddings(nn.Module):
@@ -240,6 +241,18 @@ class BertAttention(nn.Module):
         super().__init__()
         self.self = BertSelfAttention(config, layer_idx, cross=cross)
         self.output = BertSelfOutput(config, self.self.all_head_size)
+
+    def head_parts(self) -> HeadParts:
+        """Return the layers with a slice for each head."""
+        own, size = self.self, self.self.attention_head_size
+        return HeadParts(
+            (own.query,),
+            (own.key, own.value),
+            self.output.dense,
+            size,
+            own,
+            lambda kept: {"num_attention_heads": len(kept), "all_head_size": len(kept) * size},
+        )
 
 
 class BertIntermediate(nn.Module):

@@ -34,6 +34,10 @@ class BertStack(PreTrainedModel):
         self.pooler = self.pooler_class(config) if add_pooling_layer else None
         self.post_init()
 
+    def prunable_attentions(self) -> list[Any]:
+        """Return the attention of each layer to its own tokens."""
+        return [layer.attention for layer in self.encoder.layer]
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -71,9 +75,12 @@ class BertStack(PreTrainedModel):
             ArgumentError: inputs that contradict each other or the config, or are too long.
         """
         attentions, hidden, use_cache, as_dict = flags(
-            self.config, output_attentions, output_hidden_states, use_cache, return_dict
+            self.config,
+            output_attentions,
+            output_hidden_states,
+            self.cache_choice(use_cache, past_key_values) if self.config.is_decoder else False,
+            return_dict,
         )
-        use_cache = use_cache and self.config.is_decoder
         encoder_mask = self._encoder_mask(encoder_hidden_states, encoder_attention_mask)
         embeds = embed_tokens(self.embeddings.word_embeddings, input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
@@ -83,8 +90,10 @@ class BertStack(PreTrainedModel):
             position_ids = self.embeddings.positions(embeds, input_ids, past_key_values, cache_position)
         x = self.embeddings(embeds, token_type_ids, position_ids)
         all_hidden, weights, cross_weights = [x], [], []
-        for layer in self.encoder.layer:
-            x, own, cross = layer(
+        for index, layer in enumerate(self.encoder.layer):
+            x, own, cross = self.call_layer(
+                index,
+                layer,
                 x,
                 mask,
                 distances,

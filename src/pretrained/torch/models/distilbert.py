@@ -22,6 +22,7 @@ from pretrained.torch.models import bert_heads, bert_outputs
 from pretrained.torch.models.bert_layers import check_length, in_chunks
 from pretrained.torch.nn import activation
 from pretrained.torch.outputs import BaseModelOutput, finish
+from pretrained.torch.pruning import HeadParts
 
 
 class Embeddings(nn.Module):
@@ -106,6 +107,18 @@ class DistilBertSelfAttention(nn.Module):
         )
         return self.out_lin(out.flatten(-2)), weights
 
+    def head_parts(self) -> HeadParts:
+        """Return the layers with a slice for each head."""
+        size = self.attention_head_size
+        return HeadParts(
+            (self.q_lin,),
+            (self.k_lin, self.v_lin),
+            self.out_lin,
+            size,
+            self,
+            lambda kept: {"n_heads": len(kept), "dim": len(kept) * size},
+        )
+
 
 class FFN(nn.Module):
     """Feed-forward network."""
@@ -159,7 +172,9 @@ class DistilBertPreTrainedModel(PreTrainedModel):
     base_model_prefix = arch.BASE_MODEL_PREFIX
     key_rules = arch.KEY_RULES
     _no_split_modules = arch.NO_SPLIT
+    supports_gradient_checkpointing = True
     _input_embedding = "embeddings.word_embeddings"
+    _position_embedding = "embeddings.position_embeddings"
     _output_embedding = "vocab_projector"
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -168,6 +183,10 @@ class DistilBertPreTrainedModel(PreTrainedModel):
         if self.config.sinusoidal_pos_embds and module is getattr(embeddings, "position_embeddings", None):
             with torch.no_grad():
                 module.weight.copy_(sinusoids(*module.weight.shape))
+
+    def _new_positions(self, start: int, stop: int) -> torch.Tensor | None:
+        """Return rows of sines and cosines where the config has them."""
+        return sinusoids(stop, self.config.dim)[start:] if self.config.sinusoidal_pos_embds else None
 
 
 class DistilBertModel(DistilBertPreTrainedModel):
@@ -179,9 +198,9 @@ class DistilBertModel(DistilBertPreTrainedModel):
         self.transformer = Transformer(config)
         self.post_init()
 
-    def get_position_embeddings(self) -> nn.Embedding:
-        """Return the position embedding."""
-        return self.embeddings.position_embeddings
+    def prunable_attentions(self) -> list[Any]:
+        """Return the attention of each layer."""
+        return [layer.attention for layer in self.transformer.layer]
 
     def forward(
         self,
@@ -214,8 +233,8 @@ class DistilBertModel(DistilBertPreTrainedModel):
         mask = padding_mask(attention_mask, kv_length=embeds.shape[1])
         x = self.embeddings(embeds, position_ids)
         all_hidden, all_weights = [x], []
-        for layer in self.transformer.layer:
-            x, weights = layer(x, mask, attentions)
+        for index, layer in enumerate(self.transformer.layer):
+            x, weights = self.call_layer(index, layer, x, mask, attentions)
             all_hidden.append(x)
             all_weights.append(weights)
         result = BaseModelOutput(
@@ -233,10 +252,6 @@ class _Head(bert_heads.Head, DistilBertPreTrainedModel):
     def build_base(self, config: arch.DistilBertConfig) -> nn.Module:
         """Return the headless model."""
         return DistilBertModel(config)
-
-    def get_position_embeddings(self) -> nn.Embedding:
-        """Return the position embedding."""
-        return self.distilbert.get_position_embeddings()
 
 
 class DistilBertForMaskedLM(_Head):

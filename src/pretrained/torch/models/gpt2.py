@@ -47,7 +47,9 @@ class GPT2PreTrainedModel(PreTrainedModel):
     base_model_prefix = arch.BASE_MODEL_PREFIX
     key_rules = arch.KEY_RULES
     _no_split_modules = arch.NO_SPLIT
+    supports_gradient_checkpointing = True
     _input_embedding = "wte"
+    _position_embedding = "wpe"
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise a module; layers that feed the residual stream are smaller by its number of inputs.
@@ -111,7 +113,11 @@ class GPT2Model(GPT2PreTrainedModel):
             ArgumentError: inputs that contradict each other or the config, or are too long.
         """
         attentions, hidden, use_cache, as_dict = flags(
-            self.config, output_attentions, output_hidden_states, use_cache, return_dict
+            self.config,
+            output_attentions,
+            output_hidden_states,
+            self.cache_choice(use_cache, past_key_values),
+            return_dict,
         )
         encoder_mask = self._encoder_mask(encoder_hidden_states, encoder_attention_mask)
         x = embed_tokens(self.wte, input_ids, inputs_embeds)
@@ -125,10 +131,10 @@ class GPT2Model(GPT2PreTrainedModel):
             x = x + self.wte(token_type_ids)
         x = self.drop(x)
         all_hidden, weights, cross_weights = [], [], []
-        for block in self.h:
+        for index, block in enumerate(self.h):
             all_hidden.append(x)
-            x, own, cross = block(
-                x, mask, encoder_hidden_states, encoder_mask, cache, cache_position, attentions
+            x, own, cross = self.call_layer(
+                index, block, x, mask, encoder_hidden_states, encoder_mask, cache, cache_position, attentions
             )
             weights.append(own)
             cross_weights.append(cross)
@@ -142,6 +148,10 @@ class GPT2Model(GPT2PreTrainedModel):
             cross_attentions=tuple(cross_weights) if crosses else None,
         )
         return finish(result, as_dict)
+
+    def prunable_attentions(self) -> list[Any]:
+        """Return the attention of each block to its own tokens."""
+        return [block.attn for block in self.h]
 
     def _cache(self, cache: Cache | None, use_cache: bool) -> Cache | None:
         """Return the cache to fill: with a part for the encoder's tokens where there may be an encoder."""

@@ -17,6 +17,7 @@ from pretrained.arch import gpt2 as arch
 from pretrained.torch.attention import attend
 from pretrained.torch.cache import Cache, EncoderDecoderCache
 from pretrained.torch.nn import Conv1D, activation
+from pretrained.torch.pruning import HeadParts
 
 
 class GPT2MLP(nn.Module):
@@ -116,6 +117,19 @@ class GPT2Attention(_Attention):
         if cache is not None:
             k_BHSK, v_BHSK = cache.update(k_BHSK, v_BHSK, self.layer_idx, cache_position)
         return self._attend(q_BHTK, k_BHSK, v_BHSK, mask, output_attentions)
+
+    def head_parts(self) -> HeadParts:
+        """Return the layers with a slice for each head; one makes queries, keys and values."""
+        size = self.head_dim
+        return HeadParts(
+            (self.c_attn,),
+            (),
+            self.c_proj,
+            size,
+            self,
+            lambda kept: {"num_heads": len(kept), "split_size": len(kept) * size},
+            blocks=3,
+        )
 
 
 class GPT2CrossAttention(_Attention):

@@ -28,6 +28,7 @@ from pretrained.torch.masks import causal_mask
 from pretrained.torch.model import PreTrainedModel
 from pretrained.torch.nn import RMSNorm, RotaryEmbedding, activation, rotate
 from pretrained.torch.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, finish
+from pretrained.torch.pruning import HeadParts
 
 
 class LlamaMLP(nn.Module):
@@ -59,8 +60,8 @@ class LlamaAttention(nn.Module):
         self.window = config.window(layer_idx)
         hidden, queries, keys = (
             config.hidden_size,
-            config.num_attention_heads * self.head_dim,
-            config.kv_heads * self.head_dim,
+            config.heads_left(layer_idx) * self.head_dim,
+            config.kv_heads_left(layer_idx) * self.head_dim,
         )
         self.q_proj = nn.Linear(hidden, queries, bias=config.qkv_bias)
         self.k_proj = nn.Linear(hidden, keys, bias=config.qkv_bias)
@@ -103,6 +104,11 @@ class LlamaAttention(nn.Module):
         )
         return self.o_proj(out.reshape(*hidden_BTD.shape[:-1], -1)), weights
 
+    def head_parts(self) -> HeadParts:
+        """Return the layers with a slice for each head; nothing here counts them."""
+        keys_values = (self.k_proj, self.v_proj)
+        return HeadParts((self.q_proj,), keys_values, self.o_proj, self.head_dim, self, lambda kept: {})
+
 
 class LlamaDecoderLayer(nn.Module):
     """One block: attention and feed-forward, each normalised before and added after."""
@@ -138,6 +144,11 @@ class LlamaPreTrainedModel(PreTrainedModel):
     base_model_prefix = arch.BASE_MODEL_PREFIX
     key_rules = arch.KEY_RULES
     _no_split_modules = arch.NO_SPLIT
+    supports_gradient_checkpointing = True
+    _positions_instead = (
+        "Its positions are rotary, computed for any length: raise config.max_position_embeddings, and set "
+        "config.rope_scaling for texts longer than it was trained on."
+    )
 
 
 class LlamaModel(LlamaPreTrainedModel):
@@ -181,7 +192,11 @@ class LlamaModel(LlamaPreTrainedModel):
             cache_position: [T] slots of a static cache to write, for compiled steps; None counts.
         """
         attentions, hidden, use_cache, as_dict = flags(
-            self.config, output_attentions, output_hidden_states, use_cache, return_dict
+            self.config,
+            output_attentions,
+            output_hidden_states,
+            self.cache_choice(use_cache, past_key_values),
+            return_dict,
         )
         x = embed_tokens(self.embed_tokens, input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
@@ -191,10 +206,12 @@ class LlamaModel(LlamaPreTrainedModel):
         masks = self._masks(x, attention_mask, past_key_values, cache_position, first)
         all_hidden: tuple[torch.Tensor, ...] | None = () if hidden else None
         all_weights: tuple[Any, ...] | None = () if attentions else None
-        for layer, window in zip(self.layers, self.windows, strict=True):
+        for index, (layer, window) in enumerate(zip(self.layers, self.windows, strict=True)):
             if all_hidden is not None:
                 all_hidden += (x,)
-            x, weights = layer(x, rotary, masks[window], past_key_values, cache_position, attentions)
+            x, weights = self.call_layer(
+                index, layer, x, rotary, masks[window], past_key_values, cache_position, attentions
+            )
             if all_weights is not None:
                 all_weights += (weights,)
         x = self.norm(x)
@@ -202,6 +219,10 @@ class LlamaModel(LlamaPreTrainedModel):
             all_hidden += (x,)
         cache = past_key_values if use_cache else None
         return finish(BaseModelOutputWithPast(x, cache, all_hidden, all_weights), as_dict)
+
+    def prunable_attentions(self) -> list[Any]:
+        """Return the attention of each layer."""
+        return [layer.self_attn for layer in self.layers]
 
     def _masks(
         self,

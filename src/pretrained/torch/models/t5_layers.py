@@ -17,6 +17,7 @@ from pretrained.arch import t5 as arch
 from pretrained.torch.attention import attend
 from pretrained.torch.cache import Cache, EncoderDecoderCache
 from pretrained.torch.nn import RMSNorm, activation
+from pretrained.torch.pruning import HeadParts
 
 # -- pure functions ------------------------------------------------------------------------------
 
@@ -148,11 +149,11 @@ def _project_out(wo: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 class T5Attention(nn.Module):
     """What self- and cross-attention share: the projections, and scores that are not scaled."""
 
-    def __init__(self, config: arch.T5Config, layer_idx: int) -> None:
+    def __init__(self, config: arch.T5Config, layer_idx: int, num_heads: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         self.head_dim = config.d_kv
-        inner = config.num_heads * config.d_kv
+        inner = num_heads * config.d_kv
         # The missing scale of the scores is in the initial queries (Mesh TensorFlow's attention).
         self.q = linear(config.d_model, inner, (config.d_model * config.d_kv) ** -0.5)
         self.k = linear(config.d_model, inner, config.d_model**-0.5)
@@ -201,8 +202,10 @@ class T5SelfAttention(T5Attention):
     """
 
     def __init__(self, config: arch.T5Config, layer_idx: int, *, bidirectional: bool) -> None:
-        super().__init__(config, layer_idx)
+        heads = config.encoder_heads_left(layer_idx) if bidirectional else config.num_heads
+        super().__init__(config, layer_idx, heads)
         self.bidirectional = bidirectional
+        self.heads_gone = tuple(config.pruned_heads.get(layer_idx, ())) if bidirectional else ()
         self.relative_attention_bias: nn.Embedding | None = None
         if config.has_position_bias(layer_idx):
             self.relative_attention_bias = nn.Embedding(
@@ -246,11 +249,33 @@ class T5SelfAttention(T5Attention):
         k, v = self.heads(self.k, x), self.heads(self.v, x)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, cache_position)
-        return self.mix(x, k, v, biased_mask, output_attentions)
+        return self.mix(x, k, v, self._own_heads(biased_mask), output_attentions)
+
+    def _own_heads(self, biased_mask: torch.Tensor) -> torch.Tensor:
+        """Return the biases of the heads that are left; the table, which layers share, has them all."""
+        if not self.heads_gone:
+            return biased_mask
+        kept = (head for head in range(biased_mask.shape[1]) if head not in self.heads_gone)
+        return torch.cat([biased_mask[:, head : head + 1] for head in kept], dim=1)
+
+    def head_parts(self) -> HeadParts:
+        """Return the layers with a slice for each head."""
+        every = range(self.config.num_heads)
+        return HeadParts(
+            (self.q,),
+            (self.k, self.v),
+            self.o,
+            self.head_dim,
+            self,
+            lambda kept: {"heads_gone": tuple(head for head in every if head not in kept)},
+        )
 
 
 class T5CrossAttention(T5Attention):
     """Attention from the decoder to the encoder's output, whose keys and values are computed once."""
+
+    def __init__(self, config: arch.T5Config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx, config.num_heads)
 
     def forward(
         self,

@@ -37,9 +37,11 @@ class T5PreTrainedModel(PreTrainedModel):
     base_model_prefix = arch.BASE_MODEL_PREFIX
     key_rules = arch.KEY_RULES
     _no_split_modules = arch.NO_SPLIT
+    supports_gradient_checkpointing = True
     _keep_in_fp32_modules = ("wo",)
     _tied_weights_keys: ClassVar[Mapping[str, str]] = {}
     _input_embedding = "shared"
+    _positions_instead = "T5 reads distances, which reach any length: pass longer texts as they are."
     # Files of this family say tie_word_embeddings: false to mean "do not scale", head or no head.
     _ties_absent_head = True
 
@@ -62,13 +64,10 @@ class T5PreTrainedModel(PreTrainedModel):
             if stack is not None:
                 stack.embed_tokens = value
 
-    def get_encoder(self) -> nn.Module:
-        """Return the encoder stack."""
-        return self.base_model.get_submodule("encoder")
-
-    def get_decoder(self) -> nn.Module:
-        """Return the decoder stack."""
-        return self.base_model.get_submodule("decoder")
+    def prunable_attentions(self) -> list[Any]:
+        """Return the attention of each block of the encoder; the decoder keeps its heads."""
+        encoder = getattr(self.base_model, "encoder", None)
+        return [] if encoder is None else encoder.prunable_attentions()
 
     @property
     def dummy_inputs(self) -> dict[str, torch.Tensor]:
@@ -134,6 +133,11 @@ class T5Stack(T5PreTrainedModel):
         self.dropout = nn.Dropout(config.dropout_rate)
         self.post_init()
 
+    def prunable_attentions(self) -> list[Any]:
+        """Return the attention of each block to its own tokens, in an encoder."""
+        blocks: Iterable[Any] = () if self.is_decoder else self.block
+        return [block.layer[0].SelfAttention for block in blocks]
+
     def _blocks(
         self,
         x: torch.Tensor,
@@ -151,12 +155,12 @@ class T5Stack(T5PreTrainedModel):
         all_cross: tuple[Any, ...] = ()
         biased_mask = None
         blocks: Iterable[Any] = self.block
-        for block in blocks:
+        for index, block in enumerate(blocks):
             all_hidden += (x,)
             attention = block.layer[0].SelfAttention
             if attention.relative_attention_bias is not None:
                 biased_mask = add_mask(attention.position_bias(last_position, x.shape[1], kv_length), mask)
-            x, weights, cross = block(x, biased_mask, output_attentions, *rest)
+            x, weights, cross = self.call_layer(index, block, x, biased_mask, output_attentions, *rest)
             all_weights, all_cross = (*all_weights, weights), (*all_cross, cross)
         x = self.dropout(self.final_layer_norm(x))
         crosses = output_attentions and any(cross is not None for cross in all_cross)
@@ -238,7 +242,11 @@ class T5Decoder(T5Stack):
                 steps; None counts.
         """
         attentions, hidden, use_cache, as_dict = flags(
-            self.config, output_attentions, output_hidden_states, use_cache, return_dict
+            self.config,
+            output_attentions,
+            output_hidden_states,
+            self.cache_choice(use_cache, past_key_values),
+            return_dict,
         )
         x = embed_tokens(self.embed_tokens, input_ids, inputs_embeds, prefix="decoder_")
         cache = self._cache(past_key_values, use_cache)
