@@ -209,6 +209,26 @@ TEMPLATE = (
 )
 
 
+PAGE = """# Fuzzing
+
+`make fuzz` changes small valid files in a few places (lengths, counts, offsets, types, flipped bits, cuts,
+splices) and opens each with the reader that a user's call would reach. There are two right answers: it loads,
+or it is refused with an error of `pretrained.errors`. Another exception, the end of the process, more than
+{seconds} seconds of processor time or more than {megabytes} MB of memory is a bug.
+
+The last recorded run: {inputs} inputs, seed {seed}, {date}; {machine}. Bugs: {bugs}.
+
+| kind | loaded | refused | bugs |
+|---|---|---|---|
+{rows}
+
+`zip` and `legacy` are the two formats of `torch.save`; `model` loads a whole model from a folder of which one
+file is changed. An input is made again from its number:
+`python tools/fuzz.py --seed {seed} --kind gguf --only 12345`. The tests run a slice of it each time. h5 and
+msgpack files are not read yet, so they are not fuzzed.
+"""
+
+
 class Kind:
     """One kind of input: the file that is mutated, how, and what then opens the folder."""
 
@@ -412,6 +432,26 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
+def page_of(record: dict) -> str:
+    """Return the page that docs/FUZZING.md is made of."""
+    rows = "\n".join(
+        f"| `{name}` | {row.get('loaded', 0):,} | {row.get('refused', 0):,} |"
+        f" {sum(row.values()) - row.get('loaded', 0) - row.get('refused', 0):,} |"
+        for name, row in record["kinds"].items()
+    )
+    machine = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return PAGE.format(
+        inputs=f"{record['inputs']:,}",
+        seed=record["seed"],
+        date=record["date"],
+        machine=machine,
+        seconds=f"{record['limits']['seconds']:g}",
+        megabytes=record["limits"]["bytes"] // 10**6,
+        rows=rows,
+        bugs=record["bugs"],
+    )
+
+
 def prepare() -> None:
     """Make the tests' helpers importable, and this process quiet and single-threaded."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -470,6 +510,7 @@ def main() -> int:
     }  # fmt: skip
     if options.record:
         options.record.write_text(json.dumps(record, indent=1) + "\n")
+        options.record.with_name("FUZZING.md").write_text(page_of(record))
     return bool(all_bugs)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextvars
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from jinja2.utils import Namespace
@@ -109,6 +109,7 @@ def weigh(value: Any) -> int:
             continue
         if isinstance(part, Namespace):
             part = part._Namespace__attrs  # jinja2 has no other way to them
+        inner: Collection[Any]
         if isinstance(part, Mapping):
             inner = [*part.keys(), *part.values()]
         elif isinstance(part, list | tuple | set | frozenset):
