@@ -216,7 +216,8 @@ splices) and opens each with the reader that a user's call would reach. There ar
 or it is refused with an error of `pretrained.errors`. Another exception, the end of the process, more than
 {seconds} seconds of processor time or more than {megabytes} MB of memory is a bug.
 
-The last recorded run: {inputs} inputs, seed {seed}, {date}; {machine}. Bugs: {bugs}.
+The last recorded run, of {date}: {inputs} inputs, seed {seed}, {bugs} bugs.
+({machine})
 
 | kind | loaded | refused | bugs |
 |---|---|---|---|

@@ -359,6 +359,11 @@ def _compile(template: str) -> jinja2.Template:
             found=error.message,
             mend=_PASS_ANOTHER,
         ) from error
+    except SyntaxError as error:
+        # Of the Python that jinja2 writes: it lets a break through that stands in no loop.
+        raise TokenizerError(
+            "The chat template is not valid jinja2", found=error.msg, mend=_PASS_ANOTHER
+        ) from error
     except RecursionError as error:
         raise TokenizerError("The chat template is nested too deeply", mend=_PASS_ANOTHER) from error
     program = environment.template_class.from_code(environment, code, environment.make_globals(None))

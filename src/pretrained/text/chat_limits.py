@@ -9,8 +9,6 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from jinja2.utils import Namespace
-
 MAX_STEPS = 1_000_000
 """Steps of one rendering: an iteration of a loop is one, a call of a function ten."""
 MAX_SECONDS = 1.0
@@ -101,6 +99,9 @@ def weigh(value: Any) -> int:
     """
     if isinstance(value, str | bytes):
         return len(value)
+    # Imported here: a heavy package comes with its first use.
+    from jinja2.utils import Namespace  # noqa: PLC0415
+
     total, todo = 0, [value]
     while todo and total <= MAX_CHARACTERS:
         part = todo.pop()
