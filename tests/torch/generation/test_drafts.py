@@ -10,6 +10,7 @@ from pretrained.arch.gpt2 import GPT2Config
 from pretrained.arch.llama import LlamaConfig
 from pretrained.arch.t5 import T5Config
 from pretrained.core.generation_config import GenerationConfig
+from pretrained.core.watermarking import SynthIDTextWatermarkingConfig, WatermarkingConfig
 from pretrained.errors import GenerationError, NotYetError
 from pretrained.torch.cache import DynamicCache
 from pretrained.torch.generation.assisted import DraftLength, first_layers
@@ -670,6 +671,18 @@ def test_a_cache_that_an_assistant_has_not_seen(llama):
     mask = torch.ones((1, cache.get_seq_length() + 3), dtype=torch.int64)
     with pytest.raises(GenerationError, match=r"not seen .*past_key_values.*assistant_early_exit"):
         llama.generate(new, attention_mask=mask, past_key_values=cache, assistant_model=llama)
+
+
+def test_watermarks(llama):
+    green = WatermarkingConfig(bias=2.0)
+    plain = llama.generate(prompt(2), max_new_tokens=12, watermarking_config=green)
+    for way in ways(llama).values():
+        assert torch.equal(
+            llama.generate(prompt(2), max_new_tokens=12, watermarking_config=green, **way), plain
+        )
+    mark = SynthIDTextWatermarkingConfig(ngram_len=3, keys=[5, 8])
+    with pytest.raises(GenerationError, match=r"every token once and in order.*watermarking_config"):
+        llama.generate(prompt(1), do_sample=True, watermarking_config=mark, prompt_lookup_num_tokens=3)
 
 
 def test_settings_without_drafts_are_told(llama, caplog):

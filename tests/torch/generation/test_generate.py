@@ -433,7 +433,6 @@ LATER = {
     "force_words_ids": [[1]],
     "guidance_scale": 2.0,
     "token_healing": True,
-    "watermarking_config": {"bias": 2.0},
     "cache_config": {"nbits": 4},
     "return_legacy_cache": True,
     "compile_config": {"mode": "x"},

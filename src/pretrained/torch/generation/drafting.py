@@ -33,6 +33,7 @@ from pretrained.torch.generation.universal import (
     AssistedCandidateGeneratorDifferentTokenizers,
     UniversalSpeculativeDecodingGenerator,
 )
+from pretrained.torch.generation.watermark import SynthIDTextWatermarkLogitsProcessor
 
 logger = logging.getLogger("pretrained.generation")
 
@@ -213,6 +214,13 @@ def build_candidates(
         decoder_of: Says which decoder runs a model.
     """
     config = run.config
+    for rule in run.processors:
+        if isinstance(rule, SynthIDTextWatermarkLogitsProcessor):
+            raise GenerationError(
+                "This watermark is told of every token once and in order, which drafts cannot do",
+                where="watermarking_config",
+                mend="Leave the draft out, or use WatermarkingConfig.",
+            )
     ends = _as_list(config.eos_token_id)
     if config.prompt_lookup_num_tokens is not None:
         return PromptLookupCandidateGenerator(

@@ -24,8 +24,8 @@ from pretrained.torch.generation.stopping import MaxLengthCriteria, StopCheck, S
 from pretrained.torch.generation.strategies import Run, draw
 
 Choose = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
-"""Takes scores [rows, vocab], drafted tokens [rows] (-1 for none) and what they were drawn from [rows, vocab],
-both None where there are none; returns (confidence, tokens), [rows] each."""
+"""Takes scores [rows, vocab], drafted tokens [rows] (-1 for none), and [rows, vocab] what they were drawn
+from; the latter two None where there are none. Returns (confidence, tokens), [rows] each."""
 
 
 def speculative(run: Run) -> None:

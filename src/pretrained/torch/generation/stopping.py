@@ -124,19 +124,26 @@ class StopStringCriteria(StoppingCriteria):
 
 
 class ConfidenceCriteria(StoppingCriteria):
-    """A row is finished when the probability of its last token was low: for models that draft.
+    """A row is finished when its last token was less likely than a threshold: a draft stops there.
 
     Args:
-        assistant_confidence_threshold: The least probability to go on with.
+        assistant_confidence_threshold: Probability, from 0 to 1.
     """
 
     def __init__(self, assistant_confidence_threshold: float) -> None:
         self.assistant_confidence_threshold = assistant_confidence_threshold
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Return [rows], True for rows whose last token was unsure."""
-        probs = scores[-1].softmax(-1).gather(1, input_ids[:, -1:])[:, 0]
-        return probs < self.assistant_confidence_threshold
+        """Return [rows], True for rows whose last token was unlikely."""
+        if not scores:
+            raise GenerationError(
+                "ConfidenceCriteria looks at scores, and none are kept",
+                where="stopping_criteria",
+                mend="Pass return_dict_in_generate=True, output_scores=True.",
+            )
+        newest = scores[-1].float()
+        chosen = newest.gather(1, input_ids[:, -1:])[:, 0] - newest.logsumexp(-1)
+        return chosen.exp() < self.assistant_confidence_threshold
 
 
 class StoppingCriteriaList(list[Callable[..., torch.Tensor | bool]]):
