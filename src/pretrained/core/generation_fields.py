@@ -211,7 +211,7 @@ FIELDS: Mapping[str, Field] = {
     # runtime
     "compile_config": Field(None, _anything, "runtime", later=True),
     "disable_compile": Field(False, _flag, "runtime"),
-    "continuous_batching_config": Field(None, _anything, "runtime", later=True),
+    "continuous_batching_config": Field(None, _anything, "runtime"),
 }
 
 METADATA = ("_from_model_config", "_commit_hash", "transformers_version")
