@@ -29,6 +29,9 @@ from pretrained.torch.attention import OwnAttention, attend
 from pretrained.torch.cache import Cache, layer_windows
 from pretrained.torch.masks import causal_mask
 
+# By another name, for classes with a method `float`.
+_Number = float
+
 # Implementations that compute plain attention, which this file computes as well.
 _PLAIN = (None, "sdpa", "eager", "flash_attention_2")
 # Share of the pages up to the last one in use, from which on unused ones are multiplied too instead of
@@ -420,7 +423,7 @@ class PagedKeys(OwnAttention):
         """Return itself: keys are taken in the dtype of the queries."""
         return self
 
-    def attend(self, module: Any, config: Any, query: torch.Tensor, *, scaling: float) -> torch.Tensor:
+    def attend(self, module: Any, config: Any, query: torch.Tensor, *, scaling: _Number) -> torch.Tensor:
         """Attend from each new token to those of its row.
 
         Args:
@@ -468,7 +471,7 @@ class PagedKeys(OwnAttention):
             sliding_window=self._window,
         )[0]
 
-    def _single(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+    def _single(self, query: torch.Tensor, scaling: _Number) -> torch.Tensor:
         """Attend from one token of each row, [H, N, K] to [N, H, K]."""
         heads, rows, width = query.shape
         plan = self._step.single(self._window, query.device)
@@ -481,7 +484,7 @@ class PagedKeys(OwnAttention):
             found = self._scores(queries.index_select(0, each.holders), each, heads)
             if each.visible is not None:
                 found.masked_fill_(~each.visible, float("-inf"))
-            scores.index_copy_(0, each.slots, found.view(-1, heads * size))
+            scores.index_copy_(0, each.slots, found.reshape(-1, heads * size))
         whole = scores[:-1].view(rows, longest, heads, size).transpose(1, 2).reshape(rows, heads, -1)
         whole = torch.softmax(whole.float().mul_(scaling), dim=-1).to(query.dtype)
         weights = query.new_zeros((rows * longest + 1, heads * size))

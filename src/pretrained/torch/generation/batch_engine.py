@@ -146,10 +146,10 @@ class BatchEngine:
         """Return the rows of the next step and their pieces, those of one token first."""
         rows: list[Row] = []
         for row in list(self.running):
-            if row.computed == len(row.tokens) - 1 and row.output.status is RequestStatus.DECODING:
-                # It may have given way to an older one in the meantime.
-                if row.pages and self._make_room(row):
-                    rows.append(row)
+            # It may have given way to an older one in the meantime: then it is no longer decoding.
+            is_next = row.computed == len(row.tokens) - 1 and row.output.status is RequestStatus.DECODING
+            if is_next and self._make_room(row):
+                rows.append(row)
         budget = self._max_tokens - len(rows)
         pieces = [Piece(row.computed, 1, row.pages) for row in rows]
         for row, piece in zip(rows, pieces, strict=True):
@@ -313,7 +313,8 @@ class BatchEngine:
                     confidence, token = own.max(dim=-1)
                 else:
                     confidence, token = draw(own.softmax(-1), row.generator)
-            except Exception as error:  # noqa: BLE001 - a rule of the user's; only its own row is lost
+            except Exception as error:
+                # A rule of the user's: only its own row is lost.
                 failures[index] = error
                 confidence, token = own.new_zeros(1), torch.zeros(1, dtype=torch.int64, device=own.device)
             confidences.append(confidence)

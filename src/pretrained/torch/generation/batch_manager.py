@@ -156,9 +156,7 @@ class ContinuousBatchingManager:
             self._cancelled.append(request_id)
             self._changed.notify_all()
 
-    def register_result_handler(
-        self, request_id: str, callback: Callable[[GenerationOutput], Any]
-    ) -> None:
+    def register_result_handler(self, request_id: str, callback: Callable[[GenerationOutput], Any]) -> None:
         """Hand one request's answers to a function instead of the queue.
 
         Args:

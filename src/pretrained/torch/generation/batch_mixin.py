@@ -11,6 +11,7 @@ import torch
 
 from pretrained.core.batching_config import ContinuousBatchingConfig
 from pretrained.core.generation_config import GenerationConfig
+from pretrained.core.progress import counting
 from pretrained.errors import GenerationError, PretrainedError
 from pretrained.torch.generation.batch_engine import BatchEngine
 from pretrained.torch.generation.batch_manager import ContinuousBatchingManager
@@ -68,7 +69,7 @@ class BatchGenerationMixin:
             engine.add(row)
             rows.append(row)
         finished: dict[str, GenerationOutput] = {}
-        with _progress(len(rows), progress_bar) as advance:
+        with counting(len(rows), "request", shown=progress_bar) as advance:
             while not engine.is_idle:
                 for row in engine.step():
                     if row.output.is_finished():
@@ -210,11 +211,11 @@ def _try_to_add(
     engine: BatchEngine, requests: Requests, one: Prompt | Mapping[str, Any]
 ) -> GenerationOutput | None:
     """Add a request; return its answer where it cannot even begin."""
-    own = dict(one) if isinstance(one, Mapping) else {"prompt": one}
+    own: dict[str, Any] = dict(one) if isinstance(one, Mapping) else {"prompt": one}
     row: Row | None = None
     prompt = own.pop("prompt", None)
     try:
-        row = requests.row(prompt, **own)  # type: ignore[arg-type]
+        row = requests.row(prompt, **own)
         engine.add(row)
     except PretrainedError as error:
         if row is not None:
@@ -250,15 +251,3 @@ def _batching(value: Any) -> ContinuousBatchingConfig:
         expected="a ContinuousBatchingConfig, or a dict of its settings",
         found=type(value).__name__,
     )
-
-
-@contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Callable[[], Any]]:
-    if not shown:
-        yield lambda: None
-        return
-    # Imported here: an optional package.
-    from tqdm import tqdm  # noqa: PLC0415
-
-    with tqdm(total=total, unit="request") as bar:
-        yield bar.update

@@ -213,14 +213,14 @@ class Requests:
         processors = build_processors(config, lengths, inputs, user=self._rules)
         criteria = build_criteria(config, lengths, tokenizer=self._tokenizer)
         tokens: list[int] = ids[0].tolist()
-        ends = [rule.eos_token_id.tolist() for rule in criteria if isinstance(rule, EosTokenCriteria)]
+        ends = [rule.eos_token_id for rule in criteria if isinstance(rule, EosTokenCriteria)]
         output = GenerationOutput(name, list(tokens), timestamps=[] if record_timestamps else None)
         return Row(
             output=output,
             tokens=tokens,
             prompt_length=len(tokens),
             max_length=lengths.max_length,
-            ends=frozenset(sum(ends, [])),
+            ends=frozenset(torch.cat(ends).tolist() if ends else ()),
             max_time=next((rule.max_time for rule in criteria if isinstance(rule, MaxTimeCriteria)), None),
             stops=next((rule for rule in criteria if isinstance(rule, StopStringCriteria)), None),
             processors=processors,
