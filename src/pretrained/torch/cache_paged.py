@@ -447,7 +447,7 @@ class PagedKeys(OwnAttention):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _chunk(
-        self, module: Any, config: Any, query: torch.Tensor, index: int, offset: int, scaling: float
+        self, module: Any, config: Any, query: torch.Tensor, index: int, offset: int, scaling: _Number
     ) -> torch.Tensor:
         """Attend with the model's own implementation, [1, H, t, K] to [1, t, H, K]."""
         piece = self._step.pieces[index]
