@@ -210,9 +210,7 @@ class Requests:
         self._names.add(name)
         inputs = GenerationInputs(input_ids=ids, encoder_input_ids=ids)
         lengths = lengths_of(self._model, config, by_user, inputs)
-        processors = build_processors(
-            config, lengths, inputs, user=self._rules, vocab_size=self._vocabulary
-        )
+        processors = build_processors(config, lengths, inputs, user=self._rules, vocab_size=self._vocabulary)
         criteria = build_criteria(config, lengths, tokenizer=self._tokenizer)
         tokens: list[int] = ids[0].tolist()
         ends = [rule.eos_token_id for rule in criteria if isinstance(rule, EosTokenCriteria)]
