@@ -190,6 +190,7 @@ class EarlyExitCandidateGenerator:
         self.length = length
         self.rules = rules
         self._decoder, self._layers = decoder, layers
+        self._fork: Decoder | None = None
 
     def get_candidates(
         self, input_ids: torch.Tensor, known: torch.Tensor, limit: int, is_open: Sequence[bool]
@@ -203,10 +204,14 @@ class EarlyExitCandidateGenerator:
             is_open: For each row whether it is not finished yet.
         """
         count = min(self.length.tokens, limit)
-        cache = None if self._decoder.cache is None else _first_caches(self._decoder.cache, self._layers)
-        if cache is not None:
-            keep_room(cache, count + 1)
-        decoder, sequences = self._decoder.fork(self.assistant_model, cache), Sequences(input_ids, count)
+        whole = self._decoder.cache
+        if self._fork is None:
+            cache = None if whole is None else _first_caches(whole, self._layers)
+            self._fork = self._decoder.fork(self.assistant_model, cache)
+        if whole is not None:
+            keep_room(whole, count + 1)
+        decoder, sequences = self._fork, Sequences(input_ids, count)
+        decoder.follow(self._decoder)
         logits = last_logits(decoder.step(input_ids[:, -1], sequences))
         draft = write_draft(decoder, sequences, logits, known, count, is_open, self.rules)
         decoder.take_back(draft.tokens.shape[1])

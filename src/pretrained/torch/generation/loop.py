@@ -194,6 +194,14 @@ class Decoder:
             other._fixed["past_key_values"] = cache
         return other
 
+    def follow(self, other: Decoder) -> None:
+        """Count on from where the decoder is that this one was forked from; their caches share the tokens.
+
+        Args:
+            other: That decoder.
+        """
+        self._seen, self._positions = other._seen, other._positions
+
     def _forward(self, start: int, end: int) -> Any:
         """Run prompt positions `start` to `end`, counted from the first token that the cache knows."""
         inputs = self._inputs
