@@ -91,7 +91,7 @@ def make_product(form: Form, stored: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 def _bags(stored: torch.Tensor, bias: torch.Tensor | None) -> Product:
-    """Return a product by `embedding_bag`: each thread sums its part of every row of the transposed weight."""
+    """Return a product by `embedding_bag`: each thread sums its part of the rows of the transpose."""
     size, out = stored.shape
     parts = torch.get_num_threads()
     parts = parts if out % parts == 0 else 1
