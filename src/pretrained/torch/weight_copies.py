@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from pretrained.core.budgets import available_host_memory
+from pretrained.torch.nn import Conv1D
 from pretrained.torch.products import Form, fingerprint, make_copy
 
 _SHARE = 0.5
@@ -30,11 +31,13 @@ LEAST_STEPS = 32
 class _Entry:
     """A copy, and what it was made of."""
 
-    def __init__(self, form: Form, weights: Sequence[torch.Tensor], marks: list[Any]) -> None:
+    def __init__(
+        self, form: Form, weights: Sequence[torch.Tensor], marks: list[Any], transposed: bool
+    ) -> None:
         self.form = form
         self._weights = [weakref.ref(weight) for weight in weights]
         self._marks = marks
-        self.stored = make_copy(form, list(weights))
+        self.stored = make_copy(form, [w.t() if transposed else w for w in weights])
 
     def holds(self) -> bool:
         """Whether the weights are still what they were."""
@@ -72,12 +75,15 @@ class WeightCopies:
         with self._lock:
             self._entries.clear()
 
-    def get(self, form: Form, weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    def get(
+        self, form: Form, weights: Sequence[torch.Tensor], *, transposed: bool = False
+    ) -> torch.Tensor | None:
         """Return a copy of weights, one below the other; made where it is not there.
 
         Args:
             form: One that is a copy. A copy of the same weights in another form is let go of.
             weights: [out_i, in] each.
+            transposed: They are [in, out_i].
 
         Returns:
             The copy, or None where a later change of the weights could not be noticed.
@@ -90,7 +96,7 @@ class WeightCopies:
                 marks = [_mark(weight) for weight in weights]
                 if any(mark is None for mark in marks):
                     return None
-                entry = self._entries[key] = _Entry(form, weights, marks)
+                entry = self._entries[key] = _Entry(form, weights, marks, transposed)
             return entry.stored
 
 
@@ -119,7 +125,7 @@ def copies_of(model: nn.Module, wanted: bool | None, steps: int) -> WeightCopies
 
 def _bytes(modules: Iterable[nn.Module]) -> int:
     """Return what copies of all dense layers would take."""
-    weights = {id(m.weight): m.weight for m in modules if type(m) is nn.Linear}
+    weights = {id(m.weight): m.weight for m in modules if type(m) in (nn.Linear, Conv1D)}
     return sum(weight.numel() * weight.itemsize for weight in weights.values())
 
 

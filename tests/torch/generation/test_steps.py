@@ -39,13 +39,27 @@ CASES = {
     "normed heads": ("Qwen3ForCausalLM", {"head_dim": 16}),
     "layers without positions": ("SmolLM3ForCausalLM", {"no_rope_layer_interval": 2}),
 }
+T5 = {"vocab_size": 61, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4}
+T5 |= {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": None}
+GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "eos_token_id": None}
+CASES |= {
+    "t5": ("T5ForConditionalGeneration", T5),
+    "t5 v1.1": (
+        "T5ForConditionalGeneration",
+        {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    "a table in each layer": ("UMT5ForConditionalGeneration", T5),
+    "gpt2": ("GPT2LMHeadModel", GPT2),
+    "gpt2 scaled by layer": ("GPT2LMHeadModel", {**GPT2, "scale_attn_by_inverse_layer_idx": True}),
+}
 
 
 def make(name="llama", dtype=torch.float32):
     kind, more = CASES[name]
     cls = getattr(pretrained, kind)
     torch.manual_seed(0)
-    model = cls(cls.config_class(**{**SIZES, **more})).eval()
+    llama = not {"d_model", "n_embd"} & set(more)
+    model = cls(cls.config_class(**({**SIZES, **more} if llama else more))).eval()
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2)
     return model.to(dtype)
@@ -87,16 +101,18 @@ def test_logits_equal_the_forwards(name, rows, padded, copies, taken, monkeypatc
     assert torch.equal(found.sequences, right.sequences)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5", "gpt2"])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_bfloat16_is_as_near_to_float32_as_the_forward(rows, taken, monkeypatch):
-    model, given = make(dtype=torch.bfloat16), inputs(rows, False)
-    wide = make(dtype=torch.bfloat16).float()
+def test_bfloat16_is_as_near_to_float32_as_the_forward(name, rows, taken, monkeypatch):
+    model, given = make(name, torch.bfloat16), inputs(rows, False)
+    wide = make(name, torch.bfloat16).float()
     # The same tokens for all three.
-    tokens = wide.generate(**given, max_new_tokens=14)[:, 8:]
+    tokens = wide.generate(**given, max_new_tokens=14)[:, -14:]
+    start = 1 if model.config.is_encoder_decoder else 8
 
     def follow(ids, scores):
         forced = torch.full_like(scores, -1e9)
-        return forced.scatter(1, tokens[:, ids.shape[1] - 8, None], 0.0)
+        return forced.scatter(1, tokens[:, ids.shape[1] - start, None], 0.0)
 
     def logits(model):
         return torch.stack(model.generate(**given, **ALL, logits_processor=[follow]).logits)
@@ -115,6 +131,17 @@ def test_a_static_cache_serves_too(taken):
         model.generate(**given, max_new_tokens=9),
     )
     assert len(taken) == 16
+
+
+def test_a_decoder_prompt_may_be_padded(taken, monkeypatch):
+    model, given = make("t5"), inputs(3, True)
+    prompt = inputs(3, True)
+    given |= {f"decoder_{name}": value for name, value in prompt.items()}
+    found = model.generate(**given, **ALL)
+    monkeypatch.setattr(type(model), "_decode_step", None)
+    right = model.generate(**given, **ALL)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(right.logits), rtol=1e-4, atol=1e-4)
+    assert len(taken) == 13
 
 
 def test_given_positions_are_obeyed(taken, monkeypatch):

@@ -192,11 +192,15 @@ class Decoder:
 
     def _fast_step(self, rows: int) -> DecodeStep | None:
         """Return what stands in for the model's forward from now on, or None where nothing may."""
-        ours = ("return_dict", "use_cache", "past_key_values", "logits_to_keep")
-        if any(name not in ours for name in self._fixed) or self._fixed.get("logits_to_keep") != 1:
+        ours = {"return_dict", "use_cache", "past_key_values", "logits_to_keep"}
+        if self._inputs.encoder_outputs is not None:
+            ours |= {"encoder_outputs", "attention_mask"}
+        if not ours.issuperset(self._fixed) or self._fixed.get("logits_to_keep", 1) != 1:
             return None
         assert self.cache is not None
-        return find_step(self.model, rows, self.cache, self._config.weight_copies, self._new_tokens)
+        encoder_mask = self._fixed.get("attention_mask")
+        copies, steps = self._config.weight_copies, self._new_tokens
+        return find_step(self.model, rows, self.cache, copies, steps, encoder_mask)
 
     def fork(self, model: Any, cache: Cache | None) -> Decoder:
         """Return a decoder that goes on from here with another model and cache; this one stays as it is.

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pretrained.torch.cache import Cache
 from pretrained.torch.mapped_mixin import check_files
-from pretrained.torch.products import Product, choose, make_product
+from pretrained.torch.products import Form, Product, choose, make_product
 from pretrained.torch.weight_copies import WeightCopies, copies_of
 
 _OWN = "pretrained.torch."
@@ -66,7 +66,12 @@ class StepOutput:
 
 
 def find_step(
-    model: Any, rows: int, cache: Cache, weight_copies: bool | None, steps: int
+    model: Any,
+    rows: int,
+    cache: Cache,
+    weight_copies: bool | None,
+    steps: int,
+    encoder_mask: torch.Tensor | None = None,
 ) -> DecodeStep | None:
     """Return the step that stands in for a model's forward, or None where the forward must run.
 
@@ -76,12 +81,15 @@ def find_step(
         cache: Filled by the prompt.
         weight_copies: The setting of that name.
         steps: How many steps there can be.
+        encoder_mask: [rows, length] with 0 for the encoder's padding; None without, or where none is padded.
     """
     step: Any = getattr(type(model), "_decode_step", None)
     if step is None or not step.fits(model, cache):
         return None
+    more = {} if encoder_mask is None else {"encoder_mask": encoder_mask}
     with torch.inference_mode():
-        made: DecodeStep = step(model, rows, cache, Products(rows, copies_of(model, weight_copies, steps)))
+        products = Products(rows, copies_of(model, weight_copies, steps))
+        made: DecodeStep = step(model, rows, cache, products, **more)
     return made
 
 
@@ -163,6 +171,26 @@ class Products:
         if not all(type(layer) is nn.Linear for layer in layers):
             return _beside([_own_product(layer, self._rows) for layer in layers])
         return self.dense([layer.weight for layer in layers], [layer.bias for layer in layers])
+
+    def transposed(self, layer: Any) -> Product:
+        """Return the product of a `Conv1D`, whose weight is stored [in, out].
+
+        Args:
+            layer: The layer, or one with a method ``decode_product(rows)``.
+        """
+        if getattr(layer, "decode_product", None) is not None:
+            return _own_product(layer, self._rows)
+        weight, bias = layer.weight, _detached(layer.bias)
+        form = choose(weight.device, weight.dtype, self._rows, copies=True)
+        if form is Form.BAGS:
+            # The layout that this form would copy it to.
+            return make_product(form, weight.detach(), bias)
+        if form.is_copy and self._copies is not None:
+            stored = self._copies.get(form, [weight], transposed=True)
+            if stored is not None:
+                return make_product(form, stored, bias)
+        form = choose(weight.device, weight.dtype, self._rows, copies=False)
+        return make_product(form, weight.detach().t(), bias)
 
     def dense(self, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> Product:
         """Return the product of weights [out_i, in] that read the same input, their outputs side by side.
