@@ -112,8 +112,9 @@ class TopHLogitsWarper(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores of the tokens that stay."""
         best, index = scores.topk(min(self.top_n, scores.shape[-1]))
-        terms = torch.special.entr(best.softmax(-1))
-        keep = terms.cumsum(-1) <= self.top_h * terms.sum(-1, keepdim=True)
+        probs = best.softmax(-1)
+        terms = torch.special.entr(probs)
+        keep = (terms.cumsum(-1) <= self.top_h * terms.sum(-1, keepdim=True)) & (probs > 0)
         keep[..., 0] = True
         drop = torch.ones_like(scores, dtype=torch.bool).scatter_(-1, index, ~keep)
         return scores.masked_fill(drop, self.filter_value)
@@ -136,7 +137,11 @@ class MinPLogitsWarper(_Filter):
         """Return the scores of the tokens that stay."""
         probs = scores.softmax(-1)
         drop = probs < self.min_p * probs.amax(-1, keepdim=True)
-        return scores.masked_fill(self._keep_best(drop, scores), self.filter_value)
+        if self.min_tokens_to_keep > 1:
+            # Exactly so many, ties or not; one always stays, as min_p is no more than 1.
+            best = probs.topk(min(self.min_tokens_to_keep, probs.shape[-1])).indices
+            drop.scatter_(-1, best, False)
+        return scores.masked_fill(drop, self.filter_value)
 
 
 class TypicalLogitsWarper(_Filter):
