@@ -129,6 +129,7 @@ class GenerationMixin:
             vocab_size=getattr(self.config, "vocab_size", None),  # type: ignore[attr-defined]
         )
         criteria = build_criteria(config, lengths, tokenizer=tokenizer, user=stopping_criteria)
+        lengths = lengths.reaching(criteria.max_length)
         behind = _may_look_behind(prepared, criteria, streamer)
         decoder = HookedDecoder if _is_hooked(self) else Decoder
         run = strategies.Run(

@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pretrained.core.generation_config import GenerationConfig
@@ -198,6 +198,17 @@ class Lengths:
     new_tokens: int
     min_length: int
     min_new_tokens: int
+
+    def reaching(self, max_length: int | None) -> Lengths:
+        """Return lengths with room for a user's own `MaxLengthCriteria` that goes further.
+
+        Args:
+            max_length: Where the criteria stop; None where they do not.
+        """
+        more = (max_length or 0) - self.max_length
+        if more <= 0:
+            return self
+        return replace(self, max_length=self.max_length + more, new_tokens=self.new_tokens + more)
 
 
 def settle_lengths(
