@@ -19,7 +19,7 @@ logger = logging.getLogger("pretrained.generation")
 RELEASE = "It comes with the generation release."
 
 _CACHES_NOW = (None, "dynamic", "static")
-_CACHES_LATER = ("offloaded", "offloaded_static", "quantized", "sliding_window", "paged")
+_CACHES_LATER = ("offloaded", "offloaded_static", "quantized", "sliding_window")
 
 _INSTEAD = {
     "num_beams": "Until then pass num_beams=1 for greedy decoding.",
@@ -102,6 +102,13 @@ def _refuse_later(config: GenerationConfig, by_user: set[str]) -> None:
         # An old name in files of models with sliding layers, which the growing cache serves.
         del config.cache_implementation
     name = config.cache_implementation
+    if name == "paged":
+        raise GenerationError(
+            "Pages serve many requests at once, and generate() answers one batch",
+            where="cache_implementation",
+            found="'paged'",
+            mend="Call generate_batch() with the prompts, without padding; or leave it out.",
+        )
     if name in _CACHES_LATER:
         raise _not_yet("cache_implementation", name, 'Until then use "dynamic" or "static".')
     if name not in _CACHES_NOW:
