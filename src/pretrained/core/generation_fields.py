@@ -96,6 +96,10 @@ def _decay(value: Any) -> str | None:
     return None if right else "(start, factor): new tokens before it sets in, and a factor above 0"
 
 
+def _settings(value: Any) -> str | None:
+    return None if isinstance(value, Mapping) else "a ContinuousBatchingConfig, or a dict of its settings"
+
+
 def _anything(value: Any) -> str | None:
     return None
 
@@ -214,7 +218,7 @@ FIELDS: Mapping[str, Field] = {
     "compile_config": Field(None, _anything, "runtime", later=True),
     "disable_compile": Field(False, _flag, "runtime"),
     "weight_copies": Field(None, _flag, "runtime"),
-    "continuous_batching_config": Field(None, _anything, "runtime", later=True),
+    "continuous_batching_config": Field(None, _settings, "runtime"),
 }
 
 METADATA = ("_from_model_config", "_commit_hash", "transformers_version")
@@ -243,6 +247,9 @@ def normalise(value: Any) -> Any:
         return value
     if isinstance(value, tuple | list | set | frozenset):
         return [normalise(item) for item in value]
+    if callable(getattr(value, "to_dict", None)):
+        # A config within the config: kept as files have it.
+        return value.to_dict()
     try:
         return operator.index(value)
     except (TypeError, RuntimeError):

@@ -17,13 +17,14 @@ from pretrained.core.generation_config import GenerationConfig, GenerationMode
 from pretrained.errors import GenerationError, NotYetError
 from pretrained.torch.cache import Cache
 from pretrained.torch.generation import strategies
+from pretrained.torch.generation.batch_mixin import BatchGenerationMixin
 from pretrained.torch.generation.drafting import Drafting, build_candidates, check_drafting
-from pretrained.torch.generation.inputs import GenerationInputs, prepare_inputs
+from pretrained.torch.generation.inputs import GenerationInputs, lengths_of, prepare_inputs
 from pretrained.torch.generation.loop import Decoder, HookedDecoder, Sequences, prepare_step
 from pretrained.torch.generation.recorder import Recorder
 from pretrained.torch.generation.rules import build_criteria, build_processors
 from pretrained.torch.generation.scores import transition_scores
-from pretrained.torch.generation.settings import RELEASE, Lengths, refuse_arguments, settle, settle_lengths
+from pretrained.torch.generation.settings import RELEASE, refuse_arguments, settle
 from pretrained.torch.generation.speculative import speculative
 from pretrained.torch.generation.stopping import (
     EosTokenCriteria,
@@ -42,7 +43,7 @@ _STRATEGIES: dict[GenerationMode, Callable[[strategies.Run], None]] = {
 }
 
 
-class GenerationMixin:
+class GenerationMixin(BatchGenerationMixin):
     """Gives a model with a language-model head `generate`.
 
     The model brings `config`, `generation_config` and `forward`; an encoder-decoder `get_encoder` too.
@@ -124,7 +125,7 @@ class GenerationMixin:
             raise NotYetError(f"{mode.value} cannot be run yet", mend=RELEASE)
         check_files(self)
         prepared = prepare_inputs(self, config, inputs, model_inputs)
-        lengths = _lengths(self, config, by_user, prepared)
+        lengths = lengths_of(self, config, by_user, prepared)
         processors = build_processors(
             config,
             lengths,
@@ -134,6 +135,7 @@ class GenerationMixin:
             vocab_size=getattr(self.config, "vocab_size", None),  # type: ignore[attr-defined]
         )
         criteria = build_criteria(config, lengths, tokenizer=tokenizer, user=stopping_criteria)
+        lengths = lengths.reaching(criteria.max_length)
         behind = _may_look_behind(prepared, criteria, streamer)
         run = strategies.Run(
             model=self,
@@ -213,22 +215,6 @@ class GenerationMixin:
             tokenizer: The tokenizer of the prompt.
         """
         raise NotYetError("Token healing cannot be done yet", where="heal_tokens", mend=RELEASE)
-
-
-def _lengths(
-    model: Any, config: GenerationConfig, by_user: frozenset[str], inputs: GenerationInputs
-) -> Lengths:
-    # Rotary and relative positions have no end; learned ones do.
-    rotary = any(getattr(model.config, name, None) is not None for name in ("rope_parameters", "rope_theta"))
-    return settle_lengths(
-        config,
-        by_user,
-        ids_length=inputs.input_ids.shape[1],
-        embeds_length=inputs.embeds_length,
-        past_length=inputs.past_length,
-        positions=getattr(model.config, "max_position_embeddings", None),
-        absolute=not rotary,
-    )
 
 
 def _padding(config: GenerationConfig) -> int | None:
