@@ -16,9 +16,7 @@ from pretrained.torch.inputs import embed_tokens
 from pretrained.torch.masks import additive, padding_mask
 from pretrained.torch.steps.common import Products, is_stock, make_norm
 
-_MODULES = frozenset(
-    {"nn"} | {f"models.{name}" for name in ("t5", "t5_layers", "t5_stacks", "mt5", "umt5")}
-)
+_MODULES = frozenset({"nn"} | {f"models.{name}" for name in ("t5", "t5_layers", "t5_stacks", "mt5", "umt5")})
 _FIRST_POSITIONS = 256
 
 
