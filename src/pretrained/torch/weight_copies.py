@@ -123,7 +123,7 @@ def copies_of(model: nn.Module, wanted: bool | None, steps: int) -> WeightCopies
     return kept
 
 
-def _bytes(modules: Iterable[nn.Module]) -> int:
+def _bytes(modules: Iterable[Any]) -> int:
     """Return what copies of all dense layers would take."""
     weights = {id(m.weight): m.weight for m in modules if type(m) in (nn.Linear, Conv1D)}
     return sum(weight.numel() * weight.itemsize for weight in weights.values())
