@@ -98,6 +98,10 @@ _NAMES = {
     ),
     "pretrained.torch.generation.mixin": ("GenerationMixin",),
     "pretrained.torch.generation.outputs": ("GenerateDecoderOnlyOutput", "GenerateEncoderDecoderOutput"),
+    "pretrained.torch.generation.guidance": (
+        "ClassifierFreeGuidanceLogitsProcessor",
+        "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+    ),
     "pretrained.torch.generation.logits": (
         "EncoderNoRepeatNGramLogitsProcessor",
         "EncoderRepetitionPenaltyLogitsProcessor",

@@ -96,6 +96,7 @@ GROUPS = {
         SuppressTokensAtBeginLogitsProcessor SuppressTokensLogitsProcessor
         EpsilonLogitsWarper EtaLogitsWarper MinPLogitsWarper TemperatureLogitsWarper TopHLogitsWarper
         TopKLogitsWarper TopPLogitsWarper TypicalLogitsWarper
+        ClassifierFreeGuidanceLogitsProcessor UnbatchedClassifierFreeGuidanceLogitsProcessor
         """),
     "when to stop, to pass to generate and to subclass": words("""
         StoppingCriteria StoppingCriteriaList EosTokenCriteria MaxLengthCriteria MaxTimeCriteria

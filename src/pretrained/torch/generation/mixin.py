@@ -14,9 +14,13 @@ from typing import Any
 import torch
 
 from pretrained.core.generation_config import GenerationConfig, GenerationMode
-from pretrained.errors import GenerationError, NotYetError
+from pretrained.errors import NotYetError
 from pretrained.torch.cache import Cache
 from pretrained.torch.generation import strategies
+from pretrained.torch.generation.contrastive import contrastive
+from pretrained.torch.generation.demands import check_demands
+from pretrained.torch.generation.dola import dola
+from pretrained.torch.generation.guidance import guide
 from pretrained.torch.generation.inputs import GenerationInputs, prepare_inputs
 from pretrained.torch.generation.loop import Decoder, HookedDecoder, Sequences, prepare_step
 from pretrained.torch.generation.recorder import Recorder
@@ -36,6 +40,8 @@ logger = logging.getLogger("pretrained.generation")
 _STRATEGIES: dict[GenerationMode, Callable[[strategies.Run], None]] = {
     GenerationMode.GREEDY_SEARCH: strategies.greedy,
     GenerationMode.SAMPLE: strategies.sample,
+    GenerationMode.CONTRASTIVE_SEARCH: contrastive,
+    GenerationMode.DOLA_GENERATION: dola,
 }
 
 
@@ -84,8 +90,9 @@ class GenerationMixin:
             synced_gpus: Not offered yet.
             assistant_model: Not offered yet.
             streamer: Is given the tokens as they come (`TextStreamer` and others).
-            negative_prompt_ids: Not offered yet.
-            negative_prompt_attention_mask: Not offered yet.
+            negative_prompt_ids: [batch, length] or [1, length] what `guidance_scale` moves away from; None
+                for the prompt's last token alone.
+            negative_prompt_attention_mask: Its mask.
             use_model_defaults: False to leave out the model's own settings.
             custom_generate: Not offered yet.
             generator: Source of chance for sampling; None for torch's global one.
@@ -110,10 +117,17 @@ class GenerationMixin:
             assistant_model=assistant_model,
             assistant_tokenizer=assistant_tokenizer,
             synced_gpus=synced_gpus,
+        )
+        config, model_inputs, by_user = settle(self, generation_config, kwargs, use_model_defaults)
+        check_demands(
+            self,
+            config,
+            model_inputs,
+            streamer=streamer,
+            tokenizer=tokenizer,
             negative_prompt_ids=negative_prompt_ids,
             negative_prompt_attention_mask=negative_prompt_attention_mask,
         )
-        config, model_inputs, by_user = settle(self, generation_config, kwargs, use_model_defaults)
         strategy = _STRATEGIES.get(config.get_generation_mode())
         if strategy is None:
             raise NotYetError(f"{config.get_generation_mode().value} cannot be run yet", mend=RELEASE)
@@ -127,15 +141,20 @@ class GenerationMixin:
             user=logits_processor,
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
         )
+        processors = guide(
+            self, config, prepared, processors, negative_prompt_ids, negative_prompt_attention_mask
+        )
         criteria = build_criteria(config, lengths, tokenizer=tokenizer, user=stopping_criteria)
         behind = _may_look_behind(prepared, criteria, streamer)
         decoder = HookedDecoder if _is_hooked(self) else Decoder
+        # Contrastive search runs the last token too, to see what it would be like.
+        ahead = int(strategy is contrastive)
         run = strategies.Run(
             model=self,
             config=config,
             inputs=prepared,
             lengths=lengths,
-            decoder=decoder(self, prepared, config, lengths.new_tokens, margin=int(behind)),
+            decoder=decoder(self, prepared, config, lengths.new_tokens + ahead, margin=int(behind) + ahead),
             sequences=Sequences(prepared.input_ids, lengths.new_tokens),
             processors=processors,
             criteria=criteria,
@@ -221,6 +240,7 @@ def _lengths(
         past_length=inputs.past_length,
         positions=getattr(model.config, "max_position_embeddings", None),
         absolute=not rotary,
+        feeds_last=config.get_generation_mode() is GenerationMode.CONTRASTIVE_SEARCH,
     )
 
 
@@ -256,13 +276,6 @@ def _stream(strategy: Callable[[strategies.Run], None], run: strategies.Run) -> 
     if streamer is None:
         strategy(run)
         return
-    if not callable(getattr(streamer, "put", None)) or not callable(getattr(streamer, "end", None)):
-        raise GenerationError(
-            "streamer lacks put and end",
-            where="streamer",
-            expected="a BaseStreamer, such as TextStreamer(tokenizer)",
-            found=type(streamer).__name__,
-        )
     try:
         streamer.put(run.sequences.ids.cpu())
         strategy(run)

@@ -34,6 +34,11 @@ class Recorder:
         }
         self._idle = self.scores is None and self._logits is None and not self._layers
 
+    @property
+    def keeps_layers(self) -> bool:
+        """Whether attentions or hidden states are recorded."""
+        return bool(self._layers)
+
     def keep(self, logits: torch.Tensor) -> torch.Tensor:
         """Return logits that rules may change.
 
