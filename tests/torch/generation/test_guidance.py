@@ -8,10 +8,8 @@ import transformers
 from pretrained.arch.gpt2 import GPT2Config
 from pretrained.arch.llama import LlamaConfig
 from pretrained.errors import GenerationError
-from pretrained.torch.generation.guidance import (
-    ClassifierFreeGuidanceLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
+from pretrained.torch.generation.guidance import UnbatchedClassifierFreeGuidanceLogitsProcessor
+from pretrained.torch.generation.model_rules import ClassifierFreeGuidanceLogitsProcessor
 from pretrained.torch.models.gpt2 import GPT2LMHeadModel
 from pretrained.torch.models.llama import LlamaForCausalLM
 from support.decoders import ENDS, LLAMA, build, forbid_forwards, prompts
@@ -93,9 +91,9 @@ def test_a_batch_of_both_halves_equals_transformers():
     scores, ids = torch.randn(4, 7), torch.ones(2, 3).long()
     ours = ClassifierFreeGuidanceLogitsProcessor(1.7)(ids, scores)
     torch.testing.assert_close(ours, transformers.ClassifierFreeGuidanceLogitsProcessor(1.7)(ids, scores))
-    with pytest.raises(GenerationError, match=r"with and without the prompt .*expected 4 rows"):
+    with pytest.raises(GenerationError, match=r"with and without the prompt .*expected 4 rows, found 3"):
         ClassifierFreeGuidanceLogitsProcessor(1.7)(ids, scores[:3])
-    with pytest.raises(GenerationError, match=r"must be above 1 to guide \(guidance_scale\): found 1\.0"):
+    with pytest.raises(GenerationError, match=r"guidance_scale cannot be 1\.0 \(guidance_scale\): expected a number above 1"):
         ClassifierFreeGuidanceLogitsProcessor(1.0)
 
 

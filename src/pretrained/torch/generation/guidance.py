@@ -20,39 +20,6 @@ from pretrained.torch.generation.settings import parameters
 _SEQUENTIAL = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.CONTRASTIVE_SEARCH)
 
 
-class ClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
-    """Guides a batch whose first half has the prompt, and whose second half has not.
-
-    Args:
-        guidance_scale: Above 1.
-    """
-
-    def __init__(self, guidance_scale: float) -> None:
-        if not isinstance(guidance_scale, int | float) or not guidance_scale > 1:
-            raise GenerationError(
-                "guidance_scale must be above 1 to guide", where="guidance_scale", found=guidance_scale
-            )
-        self.guidance_scale = guidance_scale
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return [rows, vocab] guided scores.
-
-        Args:
-            input_ids: [rows, length] tokens so far.
-            scores: [2 * rows, vocab], those with the prompt first.
-        """
-        if scores.shape[0] != 2 * input_ids.shape[0]:
-            raise GenerationError(
-                "Guidance needs scores with and without the prompt",
-                where="scores",
-                expected=f"{2 * input_ids.shape[0]} rows",
-                found=scores.shape[0],
-                mend="Run the model on both, or use UnbatchedClassifierFreeGuidanceLogitsProcessor.",
-            )
-        conditional, unconditional = scores.chunk(2)
-        return unconditional + (conditional - unconditional) * self.guidance_scale
-
-
 class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
     """Guides each row by a second run of the model, which has a negative prompt in place of the prompt.
 

@@ -140,6 +140,7 @@ class GenerationMixin:
             prepared,
             user=logits_processor,
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            vocab_size=getattr(self.config, "vocab_size", None),  # type: ignore[attr-defined]
         )
         processors = guide(
             self, config, prepared, processors, negative_prompt_ids, negative_prompt_attention_mask
