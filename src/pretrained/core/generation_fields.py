@@ -151,8 +151,8 @@ FIELDS: Mapping[str, Field] = {
     "guidance_scale": Field(None, _positive, "strategy"),
     "use_mtp": Field(None, _flag, "strategy", later=True),
     "speculation_type": Field(None, _anything, "strategy", later=True),
-    "prompt_lookup_num_tokens": Field(None, _integer(1), "strategy", later=True),
-    "assistant_early_exit": Field(None, _integer(1), "strategy", later=True),
+    "prompt_lookup_num_tokens": Field(None, _integer(1), "strategy"),
+    "assistant_early_exit": Field(None, _integer(1), "strategy"),
     "token_healing": Field(False, _flag, "strategy", later=True),
     "watermarking_config": Field(None, wrong_watermark, "strategy"),
     "low_memory": Field(None, _flag, "strategy"),
@@ -202,7 +202,7 @@ FIELDS: Mapping[str, Field] = {
     "eos_token_id": Field(None, _tokens, "tokens"),
     "decoder_start_token_id": Field(None, _tokens, "tokens"),
     # drafting for speculative decoding
-    "is_assistant": Field(False, _flag, "assistant", later=True),
+    "is_assistant": Field(False, _flag, "assistant"),
     "num_assistant_tokens": Field(20, _integer(1), "assistant"),
     "num_assistant_tokens_schedule": Field(
         "constant", _one_of("constant", "heuristic", "heuristic_transient"), "assistant"

@@ -93,7 +93,7 @@ def test_a_batch_of_both_halves_equals_transformers():
     torch.testing.assert_close(ours, transformers.ClassifierFreeGuidanceLogitsProcessor(1.7)(ids, scores))
     with pytest.raises(GenerationError, match=r"with and without the prompt .*expected 4 rows, found 3"):
         ClassifierFreeGuidanceLogitsProcessor(1.7)(ids, scores[:3])
-    with pytest.raises(GenerationError, match=r"guidance_scale cannot be 1\.0 \(guidance_scale\): expected a number above 1"):
+    with pytest.raises(GenerationError, match=r"cannot be 1\.0 .*a number above 1"):
         ClassifierFreeGuidanceLogitsProcessor(1.0)
 
 

@@ -14,6 +14,7 @@ from pretrained.torch.generation.dola import candidate_layers
 def check_demands(
     model: Any,
     config: GenerationConfig,
+    mode: GenerationMode,
     inputs: Mapping[str, Any],
     *,
     streamer: Any = None,
@@ -26,6 +27,7 @@ def check_demands(
     Args:
         model: The model that will generate.
         config: The settled config.
+        mode: The strategy.
         inputs: Inputs of the model by name.
         streamer: Of the call.
         tokenizer: Of the call.
@@ -35,7 +37,6 @@ def check_demands(
     Raises:
         GenerationError: names the argument and the mend.
     """
-    mode = config.get_generation_mode()
     _check_streamer(streamer, config)
     if mode is GenerationMode.CONTRASTIVE_SEARCH:
         _check_contrastive(config, inputs.get("past_key_values"))

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from pretrained.core.generation_config import GenerationConfig, GenerationMode
-from pretrained.errors import GenerationError
 from pretrained.torch.generation.checks import check_batch, check_ids, check_mask, vocabulary
 from pretrained.torch.generation.inputs import GenerationInputs
 from pretrained.torch.generation.logits import LogitsProcessor, LogitsProcessorList
@@ -113,6 +112,7 @@ class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
 def guide(
     model: Any,
     config: GenerationConfig,
+    mode: GenerationMode,
     inputs: GenerationInputs,
     processors: LogitsProcessorList,
     negative_ids: torch.Tensor | None,
@@ -123,6 +123,7 @@ def guide(
     Args:
         model: The model that generates.
         config: The settled config.
+        mode: The strategy.
         inputs: The prepared inputs.
         processors: The other rules; a user's own guidance takes the place of this one.
         negative_ids: [batch, length] the negative prompt of the call, or None.
@@ -143,7 +144,7 @@ def guide(
         mask,
         config.use_cache,
         prompt_length=inputs.input_ids.shape[1],
-        sequential=config.get_generation_mode() in _SEQUENTIAL,
+        sequential=mode in _SEQUENTIAL,
     )
     return LogitsProcessorList([guidance, *processors])
 

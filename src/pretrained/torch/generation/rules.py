@@ -18,6 +18,7 @@ from pretrained.torch.generation.inputs import GenerationInputs
 from pretrained.torch.generation.logits import LogitsProcessorList
 from pretrained.torch.generation.settings import Lengths
 from pretrained.torch.generation.stopping import (
+    ConfidenceCriteria,
     EosTokenCriteria,
     MaxLengthCriteria,
     MaxTimeCriteria,
@@ -192,6 +193,8 @@ def build_criteria(
         found.append(StopStringCriteria(tokenizer, config.stop_strings))
     if config.eos_token_id is not None:
         found.append(EosTokenCriteria(config.eos_token_id))
+    if config.is_assistant and config.assistant_confidence_threshold > 0:
+        found.append(ConfidenceCriteria(config.assistant_confidence_threshold))
     return StoppingCriteriaList(_merge(found, list(user or ())))
 
 

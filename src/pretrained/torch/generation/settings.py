@@ -97,8 +97,6 @@ def _refuse_later(config: GenerationConfig, by_user: set[str]) -> None:
     for name, field in FIELDS.items():
         if field.later and not _neutral(name, getattr(config, name)):
             raise _not_yet(name, getattr(config, name))
-        if field.group == "assistant" and name in by_user and getattr(config, name) != field.default:
-            raise _not_yet(name, getattr(config, name))
     if config.cache_implementation == "hybrid":
         # An old name in files of models with sliding layers, which the growing cache serves.
         del config.cache_implementation
