@@ -102,6 +102,10 @@ def _layers(value: Any) -> str | None:
     return '"low", "high" or a list of layers, counted from 0 for the embeddings'
 
 
+def _settings(value: Any) -> str | None:
+    return None if isinstance(value, Mapping) else "a ContinuousBatchingConfig, or a dict of its settings"
+
+
 def _anything(value: Any) -> str | None:
     return None
 
@@ -219,7 +223,7 @@ FIELDS: Mapping[str, Field] = {
     # runtime
     "compile_config": Field(None, _anything, "runtime", later=True),
     "disable_compile": Field(False, _flag, "runtime"),
-    "continuous_batching_config": Field(None, _anything, "runtime", later=True),
+    "continuous_batching_config": Field(None, _settings, "runtime"),
 }
 
 METADATA = ("_from_model_config", "_commit_hash", "transformers_version")
@@ -248,6 +252,9 @@ def normalise(value: Any) -> Any:
         return value
     if isinstance(value, tuple | list | set | frozenset):
         return [normalise(item) for item in value]
+    if callable(getattr(value, "to_dict", None)):
+        # A config within the config: kept as files have it.
+        return value.to_dict()
     try:
         return operator.index(value)
     except (TypeError, RuntimeError):

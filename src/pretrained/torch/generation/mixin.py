@@ -17,17 +17,18 @@ from pretrained.core.generation_config import GenerationConfig, GenerationMode
 from pretrained.errors import NotYetError
 from pretrained.torch.cache import Cache
 from pretrained.torch.generation import strategies
+from pretrained.torch.generation.batch_mixin import BatchGenerationMixin
 from pretrained.torch.generation.contrastive import contrastive
 from pretrained.torch.generation.demands import check_demands
 from pretrained.torch.generation.dola import dola
 from pretrained.torch.generation.drafting import Drafting, build_candidates, check_drafting
 from pretrained.torch.generation.guidance import guide
-from pretrained.torch.generation.inputs import GenerationInputs, prepare_inputs
+from pretrained.torch.generation.inputs import GenerationInputs, lengths_of, prepare_inputs
 from pretrained.torch.generation.loop import Decoder, HookedDecoder, Sequences, prepare_step
 from pretrained.torch.generation.recorder import Recorder
 from pretrained.torch.generation.rules import build_criteria, build_processors
 from pretrained.torch.generation.scores import transition_scores
-from pretrained.torch.generation.settings import RELEASE, Lengths, refuse_arguments, settle, settle_lengths
+from pretrained.torch.generation.settings import RELEASE, refuse_arguments, settle
 from pretrained.torch.generation.speculative import speculative
 from pretrained.torch.generation.stopping import (
     EosTokenCriteria,
@@ -48,7 +49,7 @@ _STRATEGIES: dict[GenerationMode, Callable[[strategies.Run], None]] = {
 }
 
 
-class GenerationMixin:
+class GenerationMixin(BatchGenerationMixin):
     """Gives a model with a language-model head `generate`.
 
     The model brings `config`, `generation_config` and `forward`; an encoder-decoder `get_encoder` too.
@@ -139,7 +140,7 @@ class GenerationMixin:
             raise NotYetError(f"{mode.value} cannot be run yet", mend=RELEASE)
         check_files(self)
         prepared = prepare_inputs(self, config, inputs, model_inputs)
-        lengths = _lengths(self, config, by_user, prepared)
+        lengths = lengths_of(self, config, by_user, prepared)
         processors = build_processors(
             config,
             lengths,
@@ -152,6 +153,7 @@ class GenerationMixin:
             self, config, mode, prepared, processors, negative_prompt_ids, negative_prompt_attention_mask
         )
         criteria = build_criteria(config, lengths, tokenizer=tokenizer, user=stopping_criteria)
+        lengths = lengths.reaching(criteria.max_length)
         behind = _may_look_behind(prepared, criteria, streamer)
         # Contrastive search runs the last token too, to see what it would be like.
         ahead = int(strategy is contrastive)
@@ -235,23 +237,6 @@ class GenerationMixin:
             tokenizer: The tokenizer of the prompt.
         """
         raise NotYetError("Token healing cannot be done yet", where="heal_tokens", mend=RELEASE)
-
-
-def _lengths(
-    model: Any, config: GenerationConfig, by_user: frozenset[str], inputs: GenerationInputs
-) -> Lengths:
-    # Rotary and relative positions have no end; learned ones do.
-    rotary = any(getattr(model.config, name, None) is not None for name in ("rope_parameters", "rope_theta"))
-    return settle_lengths(
-        config,
-        by_user,
-        ids_length=inputs.input_ids.shape[1],
-        embeds_length=inputs.embeds_length,
-        past_length=inputs.past_length,
-        positions=getattr(model.config, "max_position_embeddings", None),
-        absolute=not rotary,
-        feeds_last=config.get_generation_mode() is GenerationMode.CONTRASTIVE_SEARCH,
-    )
 
 
 def _padding(config: GenerationConfig) -> int | None:
