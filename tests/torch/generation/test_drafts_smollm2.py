@@ -98,7 +98,7 @@ def test_text_survives_the_way_through_text(tokenizer):
     for length in range(3, len(whole) - 4):
         ids = torch.tensor([whole[:length]])
         draft = drafts.get_candidates(ids, ids.new_empty((1, 0)), 9, [True]).tokens[0].tolist()
-        # Half a character at the end is left out, which can change the token before it; after half a character
+        # Half a character at the end is left out, which can change the token before it; after half of one
         # nothing comes.
         assert draft[:-1] == whole[length : length + len(draft) - 1] if draft else True
         right += len(draft) > 1
