@@ -21,7 +21,7 @@ from pretrained.torch.cache import (
     EncoderDecoderCache,
     StaticCache,
 )
-from pretrained.torch.generation.inputs import GenerationInputs
+from pretrained.torch.generation.inputs import GenerationInputs, repeat_rows
 from pretrained.torch.generation.settings import parameters
 
 
@@ -94,6 +94,7 @@ class Decoder:
         self._chunk = config.prefill_chunk_size
         cached = config.use_cache and "past_key_values" in takes
         self.cache = _make_cache(model, inputs, config, new_tokens, margin) if cached else None
+        self._token_types: torch.Tensor | None = inputs.extra.get("token_type_ids")
         self._fixed = self._fixed_arguments(config, takes)
         self._mask = self._open_mask(new_tokens)
         self._positions: torch.Tensor | None = None
@@ -110,7 +111,7 @@ class Decoder:
                 start += self._chunk
         return self._forward(start, total)
 
-    def step(self, tokens: torch.Tensor, sequences: Sequences) -> Any:
+    def step(self, tokens: torch.Tensor, sequences: Any) -> Any:
         """Run each row's newest token; return the model's output for the next one.
 
         Args:
@@ -128,6 +129,31 @@ class Decoder:
             self._positions = self._positions + 1
             arguments[self._positions_name] = self._positions
         return self.model(**arguments)
+
+    def ask(self, **arguments: Any) -> None:
+        """Pass further arguments to every forward.
+
+        Args:
+            **arguments: Such as ``output_hidden_states=True``.
+        """
+        self._fixed.update(arguments)
+
+    def widen(self, times: int) -> None:
+        """Repeat every row after the prompt has run, its copies next to each other.
+
+        Args:
+            times: How often; further steps take so many times the tokens.
+        """
+        batch = self._inputs.rows
+        self._fixed = {
+            name: value if name == "past_key_values" else repeat_rows(value, batch, times)
+            for name, value in self._fixed.items()
+        }
+        self._mask = repeat_rows(self._mask, batch, times)
+        self._positions = repeat_rows(self._positions, batch, times)
+        self._token_types = repeat_rows(self._token_types, batch, times)
+        if self.cache is not None:
+            self.cache.batch_repeat_interleave(times)
 
     def extend(self, tokens: torch.Tensor, ids: torch.Tensor) -> Any:
         """Run several tokens of each row at once; return the model's output, with logits for each of them.
@@ -240,7 +266,7 @@ class Decoder:
     def _fixed_arguments(self, config: GenerationConfig, takes: tuple[str, ...]) -> dict[str, Any]:
         inputs = self._inputs
         fixed: dict[str, Any] = dict(inputs.extra)
-        self._token_types = fixed.pop("token_type_ids", None)
+        fixed.pop("token_type_ids", None)
         if self._token_types is not None and self.cache is not None:
             # New tokens are of the last one's type.
             fixed["token_type_ids"] = self._token_types[:, -1:]
@@ -290,7 +316,7 @@ class HookedDecoder(Decoder):
         """Run the prompt, as the model prepares it."""
         return self._hooked(self._inputs.input_ids, self._inputs.past_length + self._inputs.skip)
 
-    def step(self, tokens: torch.Tensor, sequences: Sequences) -> Any:
+    def step(self, tokens: torch.Tensor, sequences: Any) -> Any:
         """Run each row's newest token, as the model prepares it.
 
         Args:
