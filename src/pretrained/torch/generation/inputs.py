@@ -405,7 +405,10 @@ def repeat_rows(value: Any, batch: int, times: int) -> Any:
     if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == batch:
         return value.repeat_interleave(times, dim=0)
     if isinstance(value, ModelOutput):
-        return type(value)(**{name: repeat_rows(item, batch, times) for name, item in value.items()})
+        # States and attentions of each layer are a record of the prompts, and stay one row for each of them.
+        return type(value)(
+            **{k: v if isinstance(v, tuple) else repeat_rows(v, batch, times) for k, v in value.items()}
+        )
     if isinstance(value, tuple):
         return tuple(repeat_rows(item, batch, times) for item in value)
     return value
