@@ -223,6 +223,7 @@ FIELDS: Mapping[str, Field] = {
     # runtime
     "compile_config": Field(None, _anything, "runtime", later=True),
     "disable_compile": Field(False, _flag, "runtime"),
+    "weight_copies": Field(None, _flag, "runtime"),
     "continuous_batching_config": Field(None, _settings, "runtime"),
 }
 
