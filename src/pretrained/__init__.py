@@ -118,6 +118,7 @@ _NAMES = {
         "SampleDecoderOnlyOutput",
         "SampleEncoderDecoderOutput",
     ),
+    "pretrained.torch.generation.guidance": ("UnbatchedClassifierFreeGuidanceLogitsProcessor",),
     "pretrained.torch.generation.logits": (
         "EncoderNoRepeatNGramLogitsProcessor",
         "EncoderRepetitionPenaltyLogitsProcessor",

@@ -112,7 +112,9 @@ class CacheLayer(ABC):
         assert keys is not None and values is not None
         moved = []
         for old in (keys, values):
-            new = old.new_empty((old.shape[0], old.shape[1], capacity, old.shape[3]))
+            # Never inference tensors: a cache may outlive the inference mode of the step that grows it.
+            with torch.inference_mode(False):
+                new = old.new_empty((old.shape[0], old.shape[1], capacity, old.shape[3]))
             new.narrow(2, 0, keep).copy_(old.narrow(2, end - keep, keep))
             moved.append(new)
         self._keys, self._values = moved
