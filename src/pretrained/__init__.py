@@ -71,8 +71,13 @@ _NAMES = {
         "DynamicLayer",
         "DynamicSlidingLayer",
         "EncoderDecoderCache",
+        "OffloadedLayer",
+        "QuantizedCache",
+        "QuantizedLayer",
+        "SlidingWindowCache",
         "StaticCache",
         "StaticLayer",
+        "StaticSlidingWindowLayer",
     ),
     "pretrained.torch.outputs": (
         "BaseModelOutput",

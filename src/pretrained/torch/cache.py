@@ -213,6 +213,15 @@ class Cache:
         for layer in self.layers:
             layer.activate_past_recording()
 
+    def keep_margin(self, tokens: int) -> None:
+        """From now on let at least so many tokens be cropped away again, windows or not.
+
+        Args:
+            tokens: How many.
+        """
+        for layer in self.layers:
+            layer.keep_margin(tokens)
+
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Begin to bring an offloaded layer to the device that computes.
 
@@ -477,9 +486,12 @@ class QuantizedCache(Cache):
         margin: int = 0,
     ) -> None:
         nbits, length = 4 if nbits is None else nbits, 128 if residual_length is None else residual_length
-        # Of every backend, the axis that stands for channels.
-        axes = [{"hqq": 1}.get(backend, 0) if axis is None else axis for axis in (axis_key, axis_value)]
-        check_quantization(backend, nbits, *axes, q_group_size or 64, length)
+        channels = 1 if backend == "hqq" else 0
+        key_axis = channels if axis_key is None else axis_key
+        value_axis = channels if axis_value is None else axis_value
+        check_quantization(
+            backend, nbits, key_axis, value_axis, 64 if q_group_size is None else q_group_size, length
+        )
         width = None if config is None else _head_width(config)
         group = q_group_size or default_group(width, nbits)
         if width is not None and (not group or (q_group_size and width % group)):
@@ -487,7 +499,14 @@ class QuantizedCache(Cache):
 
         def make(window: int | None) -> QuantizedLayer:
             return QuantizedLayer(
-                nbits, *axes, group, length, backend=backend, sliding_window=window, margin=margin
+                nbits,
+                key_axis,
+                value_axis,
+                group,
+                length,
+                backend=backend,
+                sliding_window=window,
+                margin=margin,
             )
 
         windows = layer_windows(config) if config is not None else []

@@ -77,6 +77,8 @@ class CacheLayer(ABC):
 
     is_sliding = False
     is_compileable = False
+    margin = UNLIMITED
+    """How many tokens can be cropped away at least; only windows let go of any."""
 
     def __init__(self) -> None:
         self._keys: torch.Tensor | None = None
@@ -178,7 +180,12 @@ class CacheLayer(ABC):
             self._map(lambda buffer: buffer.to(home, non_blocking=True))
 
     def activate_past_recording(self) -> None:
-        """Let go of nothing from now on, so that `crop` can go back as far; only windows ever let go."""
+        """Let go of nothing from now on, so that `crop` can go back as far."""
+        self.margin = UNLIMITED
+
+    def keep_margin(self, tokens: int) -> None:
+        """From now on let at least so many tokens be cropped away again."""
+        self.margin = max(self.margin, tokens)
 
     def _tensors(self) -> list[torch.Tensor]:
         return [] if self._keys is None or self._values is None else [self._keys, self._values]
@@ -336,10 +343,6 @@ class WindowLayer(CacheLayer):
         """Forget everything, memory included."""
         super().reset()
         self._seen = 0
-
-    def activate_past_recording(self) -> None:
-        """Let go of nothing from now on, so that `crop` can go back as far."""
-        self.margin = UNLIMITED
 
 
 class DynamicSlidingLayer(WindowLayer):

@@ -209,6 +209,10 @@ class OffloadedLayer(CacheLayer):
         """Let go of nothing from now on, so that `crop` can go back as far."""
         self.inner.activate_past_recording()
 
+    def keep_margin(self, tokens: int) -> None:
+        """From now on let at least so many tokens be cropped away again."""
+        self.inner.keep_margin(tokens)
+
     def _tensors(self) -> list[torch.Tensor]:
         return self.inner._tensors()
 

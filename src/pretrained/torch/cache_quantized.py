@@ -15,7 +15,6 @@ import torch
 
 from pretrained.errors import ArgumentError, GenerationError
 from pretrained.torch.cache_layers import (
-    UNLIMITED,
     CacheLayer,
     DynamicLayer,
     cannot_go_back,
@@ -34,9 +33,7 @@ BACKENDS = {
 """What `axis_key` and `axis_value` mean under each name: groups along a token's channels, or along tokens."""
 
 
-def quantize_groups(
-    x: torch.Tensor, nbits: int, dim: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize_groups(x: torch.Tensor, nbits: int, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Round groups of values to `nbits` bits.
 
     With ``low`` the least and ``high`` the largest value of a group, ``scale = (high - low) / (2^nbits - 1)``
@@ -110,13 +107,15 @@ class _Groups:
         """Quantize [batch, heads, tokens, head_dim], tokens being a multiple of `unit`."""
         grouped = states.unflatten(self._dim - 1, (-1, self.group))
         new = quantize_groups(grouped, self.nbits, self._dim)
-        self.parts = tuple(torch.cat(pair, 2) for pair in zip(self.parts, new, strict=True)) or new
+        if self.parts:
+            new = tuple(torch.cat(pair, 2) for pair in zip(self.parts, new, strict=True))  # type: ignore[assignment]
+        self.parts = new
 
     def read(self, start: int, end: int) -> torch.Tensor:
         """Return tokens `start` to `end`, both multiples of `unit`: [batch, heads, tokens, head_dim]."""
         first, count = start // self.unit, (end - start) // self.unit
-        parts = (part.narrow(2, first, count) for part in self.parts)
-        return dequantize_groups(*parts, self.nbits, self._dim).flatten(self._dim - 1, self._dim)  # type: ignore[misc]
+        packed, scale, low = (part.narrow(2, first, count) for part in self.parts)
+        return dequantize_groups(packed, scale, low, self.nbits, self._dim).flatten(self._dim - 1, self._dim)
 
     def keep(self, start: int, end: int) -> None:
         """Keep tokens `start` to `end`, both multiples of `unit`, and the memory of no others."""
@@ -257,12 +256,13 @@ class QuantizedLayer(CacheLayer):
             return
         left = self._old_keys.length - (drop - recent)
         whole = left - left % self._unit
-        rest = [groups.read(whole, whole + self._unit) for groups in (self._old_keys, self._old_values)]
-        for groups in (self._old_keys, self._old_values):
-            groups.keep(0, whole)
+        both = (self._old_keys, self._old_values)
         self._recent.reset()
         if left > whole:
-            self._recent.update(*(states.narrow(2, 0, left - whole).clone() for states in rest))
+            rest = (groups.read(whole, whole + self._unit).narrow(2, 0, left - whole) for groups in both)
+            self._recent.update(*rest)
+        for groups in both:
+            groups.keep(0, whole)
 
     def can_crop(self, length: int) -> bool:
         """Whether what precedes the first `length` tokens in the window is still there."""
@@ -276,10 +276,6 @@ class QuantizedLayer(CacheLayer):
         self._old_keys.parts = self._old_values.parts = ()
         self._recent.reset()
         self._seen = 0
-
-    def activate_past_recording(self) -> None:
-        """Let go of nothing from now on, so that `crop` can go back as far."""
-        self.margin = UNLIMITED
 
     @property
     def _held(self) -> int:

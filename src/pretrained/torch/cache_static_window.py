@@ -32,7 +32,7 @@ class StaticSlidingWindowLayer(WindowLayer):
         if max_cache_len < 1:
             raise ArgumentError("max_cache_len must be 1 or more", found=max_cache_len)
         self.max_cache_len = max_cache_len
-        self._capacity = min(max_cache_len, sliding_window - 1 + margin + _SPARE)
+        self._capacity = self._needed_capacity()
 
     def allocate(
         self, batch_size: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
@@ -86,9 +86,25 @@ class StaticSlidingWindowLayer(WindowLayer):
         """Return how many tokens fit, or `UNBOUNDED` where the whole window does."""
         return UNBOUNDED if self._covers else self.max_cache_len
 
+    def activate_past_recording(self) -> None:
+        """Keep as much as `max_cache_len` says."""
+        self.keep_margin(self.max_cache_len)
+
+    def keep_margin(self, tokens: int) -> None:
+        """From now on let at least so many tokens be cropped away again; the buffers grow for that."""
+        self.margin = max(self.margin, tokens)
+        needed = self._needed_capacity()
+        if needed > self._capacity:
+            self._capacity = needed
+            if self._keys is not None:
+                self._move(needed, self._length)
+
     def reset(self) -> None:
         """Forget the tokens and keep the buffers, at their address."""
         self._start = self._length = self._seen = 0
+
+    def _needed_capacity(self) -> int:
+        return min(self.max_cache_len, self.sliding_window - 1 + self.margin + _SPARE)
 
     @property
     def _covers(self) -> bool:
@@ -101,7 +117,7 @@ class StaticSlidingWindowLayer(WindowLayer):
                 where="past_key_values",
                 expected=f"at most {self.max_cache_len} tokens",
                 found=f"{self._seen + new} ({self._seen} held and {new} new)",
-                mend=f"Make it with max_cache_len={self.sliding_window} or more, which holds the whole window.",
+                mend=f"Make it with max_cache_len={self.sliding_window}, enough for the window, or more.",
             )
 
     def _shift(self, keep: int) -> None:

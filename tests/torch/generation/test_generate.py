@@ -436,12 +436,10 @@ LATER = {
     "assistant_early_exit": 1,
     "token_healing": True,
     "watermarking_config": {"bias": 2.0},
-    "cache_config": {"nbits": 4},
-    "return_legacy_cache": True,
     "is_assistant": True,
     "num_assistant_tokens": 5,
     "compile_config": {"mode": "x"},
-    "cache_implementation": "quantized",
+    "cache_implementation": "paged",
     "use_mtp": True,
 }
 

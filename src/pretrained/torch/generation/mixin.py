@@ -17,6 +17,7 @@ from pretrained.core.generation_config import GenerationConfig, GenerationMode
 from pretrained.errors import GenerationError, NotYetError
 from pretrained.torch.cache import Cache
 from pretrained.torch.generation import strategies
+from pretrained.torch.generation.caches import check_cache
 from pretrained.torch.generation.inputs import GenerationInputs, prepare_inputs
 from pretrained.torch.generation.loop import Decoder, HookedDecoder, Sequences, prepare_step
 from pretrained.torch.generation.recorder import Recorder
@@ -117,6 +118,7 @@ class GenerationMixin:
         strategy = _STRATEGIES.get(config.get_generation_mode())
         if strategy is None:
             raise NotYetError(f"{config.get_generation_mode().value} cannot be run yet", mend=RELEASE)
+        check_cache(config)
         check_files(self)
         prepared = prepare_inputs(self, config, inputs, model_inputs)
         lengths = _lengths(self, config, by_user, prepared)
@@ -149,7 +151,10 @@ class GenerationMixin:
         sequences = run.sequences.ids.contiguous()
         if not config.return_dict_in_generate:
             return sequences
-        return run.recorder.output(sequences, prepared, run.decoder.cache)
+        cache: Any = run.decoder.cache
+        if config.return_legacy_cache and cache is not None:
+            cache = cache.to_legacy_cache()
+        return run.recorder.output(sequences, prepared, cache)
 
     def prepare_inputs_for_generation(
         self,
