@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pretrained
-from pretrained.errors import ArgumentError, GenerationError, NotYetError
+from pretrained.errors import ArgumentError, GenerationError
 from pretrained.torch.cache import (
     DynamicCache,
     EncoderDecoderCache,
@@ -171,7 +171,6 @@ WRONG = [
         GenerationError,
         "no cache_implementation.*Did you mean 'quantized'",
     ),
-    ({"cache_implementation": "paged"}, NotYetError, "cannot be obeyed yet"),
     ({"cache_config": {"nbits": 4}}, GenerationError, "no 'nbits'.*Set cache_implementation=\"quantized\""),
     (
         {"cache_implementation": "quantized", "cache_config": {"nbit": 4}},

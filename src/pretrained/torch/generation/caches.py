@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pretrained.core.generation_config import GenerationConfig
-from pretrained.errors import GenerationError, NotYetError, did_you_mean
+from pretrained.errors import GenerationError, did_you_mean
 from pretrained.torch.cache import (
     Cache,
     DynamicCache,
@@ -35,7 +35,6 @@ NAMES = (
 _AS_BY_DEFAULT = ("hybrid", "hybrid_chunked")
 """Old names in files of models with sliding layers, which the growing cache serves."""
 
-_LATER = ("paged",)
 _FIXED = {
     "static": StaticCache,
     "sliding_window": SlidingWindowCache,
@@ -56,24 +55,24 @@ def check_cache(config: GenerationConfig) -> None:
 
     Raises:
         GenerationError: an unknown name, or settings that the cache does not have or that cannot work.
-        NotYetError: a name whose cache does not exist yet.
     """
     name = config.cache_implementation
     if name in _AS_BY_DEFAULT:
         del config.cache_implementation
         name = None
-    if name in _LATER:
-        raise NotYetError(
-            f"cache_implementation={name!r} cannot be obeyed yet",
+    if name == "paged":
+        raise GenerationError(
+            "Pages serve many requests at once, and generate() answers one batch",
             where="cache_implementation",
-            mend="It comes with the generation release. Until then leave it out.",
+            found="'paged'",
+            mend="Call generate_batch() with the prompts, without padding; or leave it out.",
         )
     if name is not None and name not in NAMES:
         raise GenerationError(
             f"There is no cache_implementation {name!r}",
             where="cache_implementation",
             expected=", ".join(NAMES),
-            mend=did_you_mean(str(name), (*NAMES, *_LATER)) or None,
+            mend=did_you_mean(str(name), NAMES) or None,
         )
     settings = cache_settings(config.cache_config)
     takes = _QUANTIZED if name == "quantized" else ("max_cache_len",) if name in _FIXED else ()

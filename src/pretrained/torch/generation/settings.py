@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pretrained.core.generation_config import GenerationConfig
@@ -94,8 +94,6 @@ def _refuse_later(config: GenerationConfig, by_user: set[str]) -> None:
     for name, field in FIELDS.items():
         if field.later and not _neutral(name, getattr(config, name)):
             raise _not_yet(name, getattr(config, name))
-        if field.group == "assistant" and name in by_user and getattr(config, name) != field.default:
-            raise _not_yet(name, getattr(config, name))
 
 
 def _neutral(name: str, value: Any) -> bool:
@@ -181,6 +179,17 @@ class Lengths:
     new_tokens: int
     min_length: int
     min_new_tokens: int
+
+    def reaching(self, max_length: int | None) -> Lengths:
+        """Return lengths with room for a user's own `MaxLengthCriteria` that goes further.
+
+        Args:
+            max_length: Where the criteria stop; None where they do not.
+        """
+        more = (max_length or 0) - self.max_length
+        if more <= 0:
+            return self
+        return replace(self, max_length=self.max_length + more, new_tokens=self.new_tokens + more)
 
 
 def settle_lengths(
