@@ -123,6 +123,7 @@ _NAMES = {
         "SampleDecoderOnlyOutput",
         "SampleEncoderDecoderOutput",
     ),
+    "pretrained.torch.generation.guidance": ("UnbatchedClassifierFreeGuidanceLogitsProcessor",),
     "pretrained.torch.generation.logits": (
         "EncoderNoRepeatNGramLogitsProcessor",
         "EncoderRepetitionPenaltyLogitsProcessor",

@@ -116,6 +116,7 @@ GROUPS = {
         SuppressTokensAtBeginLogitsProcessor SuppressTokensLogitsProcessor
         EpsilonLogitsWarper EtaLogitsWarper MinPLogitsWarper TemperatureLogitsWarper TopHLogitsWarper
         TopKLogitsWarper TopPLogitsWarper TypicalLogitsWarper
+        UnbatchedClassifierFreeGuidanceLogitsProcessor
         """),
     "when to stop, to pass to generate and to subclass": words("""
         StoppingCriteria StoppingCriteriaList EosTokenCriteria MaxLengthCriteria MaxTimeCriteria

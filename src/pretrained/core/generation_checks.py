@@ -93,7 +93,8 @@ def effectless(config: GenerationConfig) -> dict[str, str]:
         field = FIELDS[name]
         if getattr(config, name) == field.default:
             continue
-        if field.group == "sampling" and not config.do_sample:
+        contrastive = name == "top_k" and config.penalty_alpha
+        if field.group == "sampling" and not config.do_sample and not contrastive:
             found[name] = "it is used only when sampling; set do_sample=True or leave it out"
         elif field.group == "beams" and config.num_beams == 1:
             found[name] = "it is used only by beam search; set num_beams or leave it out"

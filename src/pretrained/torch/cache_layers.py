@@ -226,7 +226,9 @@ class CacheLayer(ABC):
         moved = []
         for old in (keys, values):
             shape = (old.shape[0], old.shape[1], capacity, old.shape[3])
-            new = old.new_empty(shape, pin_memory=True) if self._pinned else old.new_empty(shape)
+            # Never inference tensors: a cache may outlive the inference mode of the step that grows it.
+            with torch.inference_mode(False):
+                new = old.new_empty(shape, pin_memory=True) if self._pinned else old.new_empty(shape)
             new.narrow(2, 0, keep).copy_(old.narrow(2, end - keep, keep))
             moved.append(new)
         self._keys, self._values = moved

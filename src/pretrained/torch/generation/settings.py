@@ -20,7 +20,6 @@ RELEASE = "It comes with the generation release."
 
 _INSTEAD = {
     "num_beams": "Until then pass num_beams=1 for greedy decoding.",
-    "guidance_scale": "Until then leave it out.",
     "low_memory": "Leave it out.",
 }
 
@@ -201,6 +200,7 @@ def settle_lengths(
     past_length: int,
     positions: int | None,
     absolute: bool,
+    feeds_last: bool = False,
 ) -> Lengths:
     """Settle the lengths of a call.
 
@@ -212,6 +212,7 @@ def settle_lengths(
         past_length: Tokens before the prompt that only the cache knows of.
         positions: How many positions the model has; None where there is no bound.
         absolute: Whether the model cannot go beyond them at all.
+        feeds_last: Whether the strategy runs the last new token too.
 
     Raises:
         GenerationError: there is no room for a new token, or the user asked for more than fits.
@@ -239,6 +240,8 @@ def settle_lengths(
                 found=f"{prompt} tokens",
                 mend="Pass max_new_tokens, which does not count the prompt, or raise max_length.",
             )
+    if positions is not None and feeds_last:
+        positions -= 1
     new = _within_positions(new, context, positions, absolute=absolute, default=default)
     least = config.min_new_tokens or 0
     shortest = 0 if least else max(config.min_length - embeds_length, 0)

@@ -38,6 +38,7 @@ from pretrained.torch.outputs import (
     Tensors,
     finish,
 )
+from pretrained.torch.steps.gpt2 import GPT2Step
 
 
 class GPT2PreTrainedModel(PreTrainedModel):
@@ -227,6 +228,7 @@ class GPT2Model(GPT2PreTrainedModel):
 class GPT2LMHeadModel(GPT2PreTrainedModel, GenerationMixin):
     """The decoder with a language-model head."""
 
+    _decode_step = GPT2Step
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
 
     def __init__(self, config: arch.GPT2Config) -> None:
