@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 
+from pretrained.arch.gpt2 import GPT2Config
 from pretrained.arch.llama import LlamaConfig
 from pretrained.arch.t5 import T5Config
 from pretrained.core.generation_config import GenerationConfig
@@ -12,6 +13,8 @@ from pretrained.errors import GenerationError
 from pretrained.torch.cache import DynamicCache, StaticCache
 from pretrained.torch.generation import mixin
 from pretrained.torch.generation.logits import LogitsProcessor
+from pretrained.torch.generation.stopping import MaxLengthCriteria
+from pretrained.torch.models.gpt2 import GPT2LMHeadModel
 from pretrained.torch.models.llama import LlamaForCausalLM
 from pretrained.torch.models.mistral import MistralForCausalLM
 from pretrained.torch.models.t5 import T5ForConditionalGeneration
@@ -65,6 +68,12 @@ def mistral():
 @pytest.fixture(scope="module")
 def t5():
     return build(T5ForConditionalGeneration, T5Config(**T5_SIZES))
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    sizes = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    return build(GPT2LMHeadModel, GPT2Config(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2))
 
 
 def prompt(rows=3, length=8, seed=0, low=3):
@@ -281,8 +290,8 @@ EXTRAS = {
 }
 
 
-@pytest.mark.parametrize("name", ["greedy", "ends", "sample, all filters", "no cache"])
-@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("name", ["greedy", "ends", "sample, all filters", "several", "no cache"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_everything_that_can_be_returned(family, name, request):
     ours, theirs = request.getfixturevalue(family)
     settings = {**SETTINGS[name], **EXTRAS, "max_new_tokens": 6}
@@ -376,6 +385,28 @@ def test_users_rules_and_criteria(llama):
     )
     assert torch.equal(found.sequences, expected.sequences)
     assert all(logits.isfinite().all() for logits in found.logits)
+
+
+@pytest.mark.parametrize("new", [3, 40])
+def test_a_users_length_counts_whether_shorter_or_longer(llama, new, caplog):
+    ids, mask = left_padded()
+    settings = {"attention_mask": mask, "max_new_tokens": 10, "eos_token_id": None}
+    expected = llama[1].generate(ids, stopping_criteria=[transformers.MaxLengthCriteria(8 + new)], **settings)
+    for more in ({}, {"cache_implementation": "static"}, {"use_cache": False}):
+        rule = MaxLengthCriteria(8 + new)
+        found = llama[0].generate(ids, stopping_criteria=[rule], **settings, **more)
+        assert torch.equal(found, expected) and found.shape[1] == 8 + new
+    assert "Your MaxLengthCriteria takes the place" in caplog.text
+
+
+def test_rules_and_criteria_of_transformers_can_be_passed(llama):
+    rules = [transformers.RepetitionPenaltyLogitsProcessor(1.3), transformers.TemperatureLogitsWarper(0.5)]
+    criteria = [transformers.EosTokenCriteria(30), transformers.MaxTimeCriteria(60.0)]
+    lists = {
+        "logits_processor": transformers.LogitsProcessorList(rules),
+        "stopping_criteria": transformers.StoppingCriteriaList(criteria),
+    }
+    same(llama, prompt(), max_new_tokens=20, **lists)
 
 
 def test_config_objects_and_their_precedence(llama):
