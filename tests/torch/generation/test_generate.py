@@ -430,10 +430,7 @@ LATER = {
     "constraints": [1],
     "force_words_ids": [[1]],
     "token_healing": True,
-    "cache_config": {"nbits": 4},
-    "return_legacy_cache": True,
     "compile_config": {"mode": "x"},
-    "cache_implementation": "quantized",
     "use_mtp": True,
 }
 

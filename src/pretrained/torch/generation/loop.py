@@ -14,13 +14,8 @@ import torch
 
 from pretrained.core.generation_config import GenerationConfig
 from pretrained.errors import GenerationError
-from pretrained.torch.cache import (
-    Cache,
-    DynamicCache,
-    DynamicSlidingLayer,
-    EncoderDecoderCache,
-    StaticCache,
-)
+from pretrained.torch.cache import Cache
+from pretrained.torch.generation.caches import make_cache
 from pretrained.torch.generation.inputs import GenerationInputs, repeat_rows
 from pretrained.torch.generation.settings import parameters
 from pretrained.torch.steps.common import DecodeStep, find_step, run_step
@@ -95,7 +90,7 @@ class Decoder:
         self._chunk = config.prefill_chunk_size
         self._config, self._new_tokens = config, new_tokens
         cached = config.use_cache and "past_key_values" in takes
-        self.cache = _make_cache(model, inputs, config, new_tokens, margin) if cached else None
+        self.cache = make_cache(model, inputs, config, new_tokens, margin) if cached else None
         self._token_types: torch.Tensor | None = inputs.extra.get("token_type_ids")
         self._fixed = self._fixed_arguments(config, takes)
         self._mask = self._open_mask(new_tokens)
@@ -465,40 +460,8 @@ def keep_room(cache: Cache, tokens: int) -> None:
         cache: The cache, before these tokens.
         tokens: How many there will be.
     """
-    for layer in cache.layers:
-        if isinstance(layer, DynamicSlidingLayer):
-            layer.margin = max(layer.margin, tokens)
+    cache.keep_margin(tokens)
 
 
 def _embeds_length(inputs: GenerationInputs) -> int:
     return 0 if inputs.inputs_embeds is None else inputs.inputs_embeds.shape[1]
-
-
-def _make_cache(
-    model: Any, inputs: GenerationInputs, config: GenerationConfig, new_tokens: int, margin: int
-) -> Cache:
-    if inputs.cache is not None:
-        _check_room(inputs.cache, inputs, new_tokens)
-        return inputs.cache
-    if config.cache_implementation == "static":
-        # The last new token is never fed back.
-        length = max(inputs.input_ids.shape[1], _embeds_length(inputs)) + new_tokens - 1
-        own: Cache = StaticCache(model.config, max(length, config.max_cache_len or 1))
-    else:
-        own = DynamicCache(model.config, margin=margin)
-    if model.config.is_encoder_decoder:
-        return EncoderDecoderCache(own, DynamicCache())
-    return own
-
-
-def _check_room(cache: Cache, inputs: GenerationInputs, new_tokens: int) -> None:
-    room, used = cache.get_max_length(), inputs.past_length
-    needed = used + max(inputs.input_ids.shape[1], _embeds_length(inputs)) + new_tokens - 1
-    if 0 <= room < needed:
-        raise GenerationError(
-            "The cache has no room for the whole sequence",
-            where="past_key_values",
-            expected=f"max_cache_len={needed} or more",
-            found=room,
-            mend="Make a larger StaticCache, pass a smaller max_new_tokens, or use a DynamicCache.",
-        )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from pretrained.torch.cache import Cache, DynamicCache
+from pretrained.torch.cache import Cache
 from pretrained.torch.inputs import embed_tokens
 from pretrained.torch.steps.common import Products, is_stock, make_norm
 
@@ -40,12 +40,14 @@ class LlamaStep:
             cache: What it would be given.
         """
         config = model.config
-        windows = any(window is not None for window in model.model.windows)
+        # The step looks at all that a layer hands back, so a layer with a window must hand back no more.
+        slides = [*cache.is_sliding, *(False for _ in model.model.windows)]
+        narrow = all(slides[i] for i, window in enumerate(model.model.windows) if window is not None)
         return (
             config.attn_implementation in (None, "sdpa")
             and not config.output_attentions
             and not config.output_hidden_states
-            and (not windows or type(cache) is DynamicCache)
+            and narrow
             and is_stock(model, _MODULES)
         )
 
