@@ -52,6 +52,22 @@ class DecodeStep(Protocol):
         """
 
 
+class DecodeWindow(Protocol):
+    """Several new tokens of each row at once."""
+
+    def __call__(
+        self, tokens: torch.Tensor, position: int, positions: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Run the tokens; return logits [rows, new, vocab].
+
+        Args:
+            tokens: [rows, new] the newest tokens.
+            position: How many tokens the cache holds of each row, padding included.
+            positions: [rows, new] positions of the tokens where rows are padded; None to count on.
+            mask: [rows, position + new] with 0 for padding; None where nothing is padded.
+        """
+
+
 class StepOutput:
     """What a strategy reads of a step."""
 
@@ -93,9 +109,30 @@ def find_step(
     return made
 
 
+def find_window(model: Any, cache: Cache, weight_copies: bool | None, steps: int) -> DecodeWindow | None:
+    """Return what stands in for a model's forward over several tokens, or None where the forward must run.
+
+    Args:
+        model: The model.
+        cache: Filled by the prompt.
+        weight_copies: The setting of that name.
+        steps: How many tokens there can be.
+    """
+    window: Any = getattr(type(model), "_decode_window", None)
+    if window is None or not window.fits(model, cache):
+        return None
+    # In float32 a copy is no faster here, and steps want another one.
+    plain = model.dtype == torch.float32
+    with torch.inference_mode():
+        made: DecodeWindow = window(
+            model, cache, Products(2, None if plain else copies_of(model, weight_copies, steps))
+        )
+    return made
+
+
 def run_step(
     model: Any,
-    step: DecodeStep,
+    step: DecodeStep | DecodeWindow,
     cache: Cache,
     tokens: torch.Tensor,
     position: int,
