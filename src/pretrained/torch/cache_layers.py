@@ -83,6 +83,29 @@ class CacheLayer(ABC):
             self._keys, self._values = function(self._keys), function(self._values)
             self._owned = not torch.is_grad_enabled()
 
+    def copy_rows(self, rows: torch.Tensor, sources: torch.Tensor, newest: int) -> None:
+        """Let some rows go on from others that differ from them in their newest tokens only.
+
+        Args:
+            rows: [changed] which rows.
+            sources: [changed] which row to take for each.
+            newest: How many tokens at the end may differ.
+        """
+        keys, values = self._keys, self._values
+        if keys is None or values is None:
+            return
+        count = min(newest, self._length)
+        end = self._start + self._length
+        if not self._writable(end) or torch.is_grad_enabled():
+            index = torch.arange(keys.shape[0], device=keys.device)
+            index[rows.to(keys.device)] = sources.to(keys.device)
+            self.map_batch(lambda buffer: buffer.index_select(0, index))
+            return
+        for buffer in (keys, values):
+            tail = buffer.narrow(2, end - count, count)
+            taken = tail.index_select(0, sources.to(buffer.device))
+            tail.index_copy_(0, rows.to(buffer.device), taken)
+
     def adopt(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Hold tensors of someone else; they are copied before anything is written."""
         self._keys, self._values = keys, values

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pretrained.core.generation_config import GenerationConfig
 from pretrained.errors import GenerationError
 
 
@@ -70,6 +71,35 @@ def vocabulary(model: Any) -> int | None:
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     size = getattr(embeddings, "num_embeddings", None)
     return size if size is not None else getattr(model.config, "vocab_size", None)
+
+
+def check_beams(model: Any, config: GenerationConfig, streamer: Any) -> None:
+    """Raise where a beam search cannot work; the fields' own contradictions are found elsewhere.
+
+    Args:
+        model: The model.
+        config: The settled config.
+        streamer: The user's streamer, or None.
+
+    Raises:
+        GenerationError: a streamer, or fewer tokens than a step has candidates.
+    """
+    if config.num_beams == 1:
+        return
+    if streamer is not None:
+        raise GenerationError(
+            "A streamer shows tokens as they come, and beam search settles them only at its end",
+            where="streamer",
+            mend="Pass num_beams=1, or leave the streamer out.",
+        )
+    size = vocabulary(model)
+    needed = 2 * config.num_beams // config.num_beam_groups
+    if size is not None and size < needed:
+        raise GenerationError(
+            f"num_beams={config.num_beams} looks at {needed} tokens a step, and there are only {size}",
+            where="num_beams",
+            mend=f"Pass num_beams={max(size // 2, 1) * config.num_beam_groups} or less.",
+        )
 
 
 def check_embeds(embeds: Any, ids: torch.Tensor | None) -> None:

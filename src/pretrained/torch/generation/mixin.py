@@ -16,7 +16,8 @@ import torch
 from pretrained.core.generation_config import GenerationConfig, GenerationMode
 from pretrained.errors import GenerationError, NotYetError
 from pretrained.torch.cache import Cache
-from pretrained.torch.generation import strategies
+from pretrained.torch.generation import beams, strategies
+from pretrained.torch.generation.checks import check_beams
 from pretrained.torch.generation.inputs import GenerationInputs, prepare_inputs
 from pretrained.torch.generation.loop import Decoder, HookedDecoder, Sequences, prepare_step
 from pretrained.torch.generation.recorder import Recorder
@@ -36,6 +37,10 @@ logger = logging.getLogger("pretrained.generation")
 _STRATEGIES: dict[GenerationMode, Callable[[strategies.Run], None]] = {
     GenerationMode.GREEDY_SEARCH: strategies.greedy,
     GenerationMode.SAMPLE: strategies.sample,
+    GenerationMode.BEAM_SEARCH: beams.beam_search,
+    GenerationMode.BEAM_SAMPLE: beams.beam_search,
+    GenerationMode.GROUP_BEAM_SEARCH: beams.group_beam_search,
+    GenerationMode.CONSTRAINED_BEAM_SEARCH: beams.constrained_beam_search,
 }
 
 
@@ -118,6 +123,7 @@ class GenerationMixin:
         if strategy is None:
             raise NotYetError(f"{config.get_generation_mode().value} cannot be run yet", mend=RELEASE)
         check_files(self)
+        check_beams(self, config, streamer)
         prepared = prepare_inputs(self, config, inputs, model_inputs)
         lengths = _lengths(self, config, by_user, prepared)
         processors = build_processors(
