@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pretrained.errors import GenerationError
+
+if TYPE_CHECKING:
+    from pretrained.core.generation_config import GenerationConfig
 
 _PATIENCE = 10_000
 
@@ -314,16 +317,17 @@ class ConstraintListState:
         return new
 
 
-def from_words(force_words_ids: Iterable[Any]) -> list[Constraint]:
-    """Return the constraints that `force_words_ids` asks for.
+def constraints_of(config: GenerationConfig) -> list[Constraint]:
+    """Return the constraints that a config's `constraints` and `force_words_ids` ask for.
 
     Args:
-        force_words_ids: For each, the tokens of a word, or those of several of which one must come.
+        config: A generation config.
     """
-    return [
+    forced = [
         PhrasalConstraint(words) if isinstance(words[0], int) else DisjunctiveConstraint(words)
-        for words in force_words_ids
+        for words in config.force_words_ids or ()
     ]
+    return [*(config.constraints or ()), *forced]
 
 
 def _ids(token_ids: Any, where: str) -> list[int]:

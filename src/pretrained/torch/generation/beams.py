@@ -124,7 +124,11 @@ class _Search:
         last = self._sequences.length + 1 >= run.max_length
         last = last or (bool(self._clocks) and bool(self._clocks(self._sequences.ids, None).all()))
         log_probs = logits.log_softmax(-1)
-        all_scores, tokens, rows, confidences, closed = [], [], [], [], []
+        all_scores: list[torch.Tensor] = []
+        tokens: list[torch.Tensor] = []
+        rows: list[torch.Tensor] = []
+        confidences: list[torch.Tensor] = []
+        closed: list[torch.Tensor | None] = []
         stuck = True
         for index, group in enumerate(groups):
             scores = self._ruled(log_probs, index, tokens)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pretrained.core.constraints import constraints_of
 from pretrained.core.generation_config import GenerationConfig
 from pretrained.errors import GenerationError
 
@@ -82,7 +83,8 @@ def check_beams(model: Any, config: GenerationConfig, streamer: Any) -> None:
         streamer: The user's streamer, or None.
 
     Raises:
-        GenerationError: a streamer, or fewer tokens than a step has candidates.
+        GenerationError: a streamer, fewer tokens than a step has candidates, or a forced token that
+            there is not.
     """
     if config.num_beams == 1:
         return
@@ -100,6 +102,20 @@ def check_beams(model: Any, config: GenerationConfig, streamer: Any) -> None:
             where="num_beams",
             mend=f"Pass num_beams={max(size // 2, 1) * config.num_beam_groups} or less.",
         )
+    for constraint in constraints_of(config):
+        for token in _tokens(getattr(constraint, "token_ids", [])):
+            if size is not None and token >= size:
+                raise GenerationError(
+                    f"Token {token} of a constraint is outside the vocabulary",
+                    where="constraints or force_words_ids",
+                    expected=f"0 to {size - 1}",
+                    mend="Use the tokenizer that belongs to this model.",
+                )
+
+
+def _tokens(ids: Any) -> list[int]:
+    """Return all ids of nested lists."""
+    return [token for one in ids for token in (_tokens(one) if isinstance(one, list) else [one])]
 
 
 def check_embeds(embeds: Any, ids: torch.Tensor | None) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pretrained.core.constraints import Constraint, ConstraintListState, from_words
+from pretrained.core.constraints import ConstraintListState, constraints_of
 from pretrained.core.generation_config import GenerationConfig
 from pretrained.torch.generation.hypotheses import EMPTY, BeamGroup, Candidates, Terms
 
@@ -21,15 +21,6 @@ logger = logging.getLogger("pretrained.generation")
 
 # A token of progress outweighs any score.
 _BANK_WEIGHT = 100.0
-
-
-def constraints_of(config: GenerationConfig) -> list[Constraint]:
-    """Return all constraints that a config asks for.
-
-    Args:
-        config: The settled config.
-    """
-    return [*(config.constraints or ()), *from_words(config.force_words_ids or ())]
 
 
 @dataclass(slots=True)
@@ -150,12 +141,12 @@ class ConstrainedGroup(BeamGroup):
             name = (running[beam].name, token)
             seen.add(name)
             steps.append(_Step(beam, token, total, state, name))
-        for index, beam in enumerate(running):
-            for token in beam.state.advance() or () if not beam.state.completed else ():
-                name = (beam.name, token)
+        for index, begun in enumerate(running):
+            for token in () if begun.state.completed else begun.state.advance() or ():
+                name = (begun.name, token)
                 if name not in seen:
                     seen.add(name)
-                    state = beam.state.copy()
+                    state = begun.state.copy()
                     state.add(token)
                     steps.append(_Step(index, token, 0.0, state, name))
         return steps
