@@ -103,6 +103,10 @@ _NAMES = {
         "SequenceClassifierOutputWithPast",
         "TokenClassifierOutput",
     ),
+    "pretrained.core.batching_config": ("ContinuousBatchingConfig",),
+    "pretrained.torch.generation.batch_manager": ("ContinuousBatchingManager",),
+    "pretrained.torch.generation.batch_requests": ("GenerationOutput", "RequestStatus"),
+    "pretrained.torch.cache_paged": ("PagedCache",),
     "pretrained.torch.generation.mixin": ("GenerationMixin",),
     "pretrained.torch.generation.outputs": (
         "BeamSampleDecoderOnlyOutput",
@@ -120,6 +124,7 @@ _NAMES = {
         "SampleDecoderOnlyOutput",
         "SampleEncoderDecoderOutput",
     ),
+    "pretrained.torch.generation.guidance": ("UnbatchedClassifierFreeGuidanceLogitsProcessor",),
     "pretrained.torch.generation.logits": (
         "EncoderNoRepeatNGramLogitsProcessor",
         "EncoderRepetitionPenaltyLogitsProcessor",

@@ -56,6 +56,9 @@ GROUPS = {
     "bases and mixins that the ecosystem documents, to subclass and to test with isinstance": words("""
         PreTrainedModel ModuleUtilsMixin EmbeddingAccessMixin GenerationMixin PushToHubMixin
         """),
+    "many requests at once: settings, the manager, what it hands out, and its cache": words("""
+        ContinuousBatchingConfig ContinuousBatchingManager GenerationOutput RequestStatus PagedCache
+        """),
     "attention implementations of one's own": ["AttentionInterface"],
     "adapters look for GPT-2's layer by its class": ["Conv1D"],
     "Llama family": [
@@ -116,6 +119,7 @@ GROUPS = {
         SuppressTokensAtBeginLogitsProcessor SuppressTokensLogitsProcessor
         EpsilonLogitsWarper EtaLogitsWarper MinPLogitsWarper TemperatureLogitsWarper TopHLogitsWarper
         TopKLogitsWarper TopPLogitsWarper TypicalLogitsWarper
+        UnbatchedClassifierFreeGuidanceLogitsProcessor
         """),
     "when to stop, to pass to generate and to subclass": words("""
         StoppingCriteria StoppingCriteriaList EosTokenCriteria MaxLengthCriteria MaxTimeCriteria

@@ -153,7 +153,8 @@ def effectless(config: GenerationConfig) -> dict[str, str]:
         field = FIELDS[name]
         if getattr(config, name) == field.default:
             continue
-        if field.group == "sampling" and not config.do_sample:
+        contrastive = name == "top_k" and config.penalty_alpha
+        if field.group == "sampling" and not config.do_sample and not contrastive:
             found[name] = "it is used only when sampling; set do_sample=True or leave it out"
         elif name == "diversity_penalty" and config.num_beam_groups == 1:
             found[name] = "it is used only by groups of beams; set num_beam_groups or leave it out"

@@ -116,6 +116,16 @@ def _decay(value: Any) -> str | None:
     return None if right else "(start, factor): new tokens before it sets in, and a factor above 0"
 
 
+def _layers(value: Any) -> str | None:
+    if value in ("low", "high") or (isinstance(value, list) and value and all(map(_is_id, value))):
+        return None
+    return '"low", "high" or a list of layers, counted from 0 for the embeddings'
+
+
+def _settings(value: Any) -> str | None:
+    return None if isinstance(value, Mapping) else "a ContinuousBatchingConfig, or a dict of its settings"
+
+
 def _anything(value: Any) -> str | None:
     return None
 
@@ -158,15 +168,15 @@ FIELDS: Mapping[str, Field] = {
     "do_sample": Field(False, _flag, "strategy"),
     "num_beams": Field(1, _integer(1), "strategy"),
     "num_beam_groups": Field(1, _integer(1), "strategy"),
-    "penalty_alpha": Field(None, _at_least_0, "strategy", later=True),
-    "dola_layers": Field(None, _anything, "strategy", later=True),
+    "penalty_alpha": Field(None, _number("a number from 0 to 1", lambda value: 0 <= value <= 1), "strategy"),
+    "dola_layers": Field(None, _layers, "strategy"),
     "constraints": Field(None, _constraints, "strategy"),
     "force_words_ids": Field(None, _forced_words, "strategy"),
-    "guidance_scale": Field(None, _positive, "strategy", later=True),
+    "guidance_scale": Field(None, _positive, "strategy"),
     "use_mtp": Field(None, _flag, "strategy", later=True),
     "speculation_type": Field(None, _anything, "strategy", later=True),
-    "prompt_lookup_num_tokens": Field(None, _integer(1), "strategy", later=True),
-    "assistant_early_exit": Field(None, _integer(1), "strategy", later=True),
+    "prompt_lookup_num_tokens": Field(None, _integer(1), "strategy"),
+    "assistant_early_exit": Field(None, _integer(1), "strategy"),
     "token_healing": Field(False, _flag, "strategy", later=True),
     "watermarking_config": Field(None, wrong_watermark, "strategy"),
     "low_memory": Field(None, _flag, "strategy"),
@@ -216,7 +226,7 @@ FIELDS: Mapping[str, Field] = {
     "eos_token_id": Field(None, _tokens, "tokens"),
     "decoder_start_token_id": Field(None, _tokens, "tokens"),
     # drafting for speculative decoding
-    "is_assistant": Field(False, _flag, "assistant", later=True),
+    "is_assistant": Field(False, _flag, "assistant"),
     "num_assistant_tokens": Field(20, _integer(1), "assistant"),
     "num_assistant_tokens_schedule": Field(
         "constant", _one_of("constant", "heuristic", "heuristic_transient"), "assistant"
@@ -233,7 +243,7 @@ FIELDS: Mapping[str, Field] = {
     # runtime
     "compile_config": Field(None, _anything, "runtime", later=True),
     "disable_compile": Field(False, _flag, "runtime"),
-    "continuous_batching_config": Field(None, _anything, "runtime", later=True),
+    "continuous_batching_config": Field(None, _settings, "runtime"),
 }
 
 METADATA = ("_from_model_config", "_commit_hash", "transformers_version")
@@ -262,6 +272,9 @@ def normalise(value: Any) -> Any:
         return value
     if isinstance(value, tuple | list | set | frozenset):
         return [normalise(item) for item in value]
+    if callable(getattr(value, "to_dict", None)):
+        # A config within the config: kept as files have it.
+        return value.to_dict()
     try:
         return operator.index(value)
     except (TypeError, RuntimeError):

@@ -74,26 +74,19 @@ def vocabulary(model: Any) -> int | None:
     return size if size is not None else getattr(model.config, "vocab_size", None)
 
 
-def check_beams(model: Any, config: GenerationConfig, streamer: Any) -> None:
+def check_beams(model: Any, config: GenerationConfig) -> None:
     """Raise where a beam search cannot work; the fields' own contradictions are found elsewhere.
 
     Args:
         model: The model.
         config: The settled config.
-        streamer: The user's streamer, or None.
 
     Raises:
-        GenerationError: a streamer, fewer tokens than a step has candidates, or a forced token that
+        GenerationError: fewer tokens than a step has candidates, or a forced token that
             there is not.
     """
     if config.num_beams == 1:
         return
-    if streamer is not None:
-        raise GenerationError(
-            "A streamer shows tokens as they come, and beam search settles them only at its end",
-            where="streamer",
-            mend="Pass num_beams=1, or leave the streamer out.",
-        )
     size = vocabulary(model)
     needed = 2 * config.num_beams // config.num_beam_groups
     if size is not None and size < needed:
@@ -188,20 +181,21 @@ def check_mask(mask: Any, batch: int, lengths: tuple[int, ...], name: str) -> to
     return checked
 
 
-def check_batch(tensor: torch.Tensor, batch: int, name: str) -> None:
-    """Raise where a tensor has another batch size than the encoder's input.
+def check_batch(tensor: torch.Tensor, batch: int, name: str, *, than: str = "the encoder's input") -> None:
+    """Raise where a tensor has another batch size than what it belongs to.
 
     Args:
         tensor: What the user passed.
-        batch: Rows of the encoder's input.
+        batch: Rows of what it belongs to.
         name: The argument, for messages.
+        than: What it belongs to.
 
     Raises:
         GenerationError: it has.
     """
     if tensor.shape[0] != batch:
         raise GenerationError(
-            f"{name} has another batch size than the encoder's input",
+            f"{name} has another batch size than {than}",
             where=name,
             expected=batch,
             found=tensor.shape[0],

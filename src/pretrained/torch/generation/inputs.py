@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from pretrained.core.generation_config import GenerationConfig
+from pretrained.core.generation_config import GenerationConfig, GenerationMode
 from pretrained.errors import GenerationError
 from pretrained.torch.cache import Cache, EncoderDecoderCache
 from pretrained.torch.generation.checks import check_batch, check_embeds, check_ids, check_mask, vocabulary
-from pretrained.torch.generation.settings import parameters
-from pretrained.torch.outputs import BaseModelOutput
+from pretrained.torch.generation.settings import Lengths, parameters, settle_lengths
+from pretrained.torch.outputs import BaseModelOutput, ModelOutput
 
 logger = logging.getLogger("pretrained.generation")
 
@@ -104,6 +104,34 @@ def prepare_inputs(
     prepared = prepare(model, config, given)
     # Beams run the prompt once and share what comes of it.
     return prepared if config.num_beams > 1 else _expand(prepared, config.num_return_sequences)
+
+
+def lengths_of(
+    model: Any, config: GenerationConfig, by_user: frozenset[str], inputs: GenerationInputs
+) -> Lengths:
+    """Settle how long the sequences of prepared inputs may become.
+
+    Args:
+        model: The model that will generate.
+        config: The settled config.
+        by_user: Fields that the user set.
+        inputs: The prepared inputs.
+
+    Raises:
+        GenerationError: as `settle_lengths`.
+    """
+    # Rotary and relative positions have no end; learned ones do.
+    rotary = any(getattr(model.config, name, None) is not None for name in ("rope_parameters", "rope_theta"))
+    return settle_lengths(
+        config,
+        by_user,
+        ids_length=inputs.input_ids.shape[1],
+        embeds_length=inputs.embeds_length,
+        past_length=inputs.past_length,
+        positions=getattr(model.config, "max_position_embeddings", None),
+        absolute=not rotary,
+        feeds_last=config.get_generation_mode() is GenerationMode.CONTRASTIVE_SEARCH,
+    )
 
 
 # -- decoders ------------------------------------------------------------------------------------
@@ -349,10 +377,10 @@ def _expand(inputs: GenerationInputs, times: int) -> GenerationInputs:
         return inputs
     if inputs.cache is not None and inputs.cache.batch_size == inputs.rows:
         inputs.cache.batch_repeat_interleave(times)
-    return repeat_rows(inputs, times)
+    return repeat_inputs(inputs, times)
 
 
-def repeat_rows(inputs: GenerationInputs, times: int) -> GenerationInputs:
+def repeat_inputs(inputs: GenerationInputs, times: int) -> GenerationInputs:
     """Repeat each row of everything but the cache, its copies next to each other.
 
     Args:
@@ -362,15 +390,9 @@ def repeat_rows(inputs: GenerationInputs, times: int) -> GenerationInputs:
     batch = inputs.rows
 
     def repeat(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == batch:
-            return value.repeat_interleave(times, dim=0)
-        if isinstance(value, tuple):
-            return tuple(repeat(item) for item in value)
-        return value
+        return repeat_rows(value, batch, times)
 
-    outputs = inputs.encoder_outputs
-    if outputs is not None:
-        outputs = type(outputs)(**{name: repeat(value) for name, value in outputs.items()})
+    outputs = repeat(inputs.encoder_outputs)
     return replace(
         inputs,
         input_ids=repeat(inputs.input_ids),
@@ -382,6 +404,23 @@ def repeat_rows(inputs: GenerationInputs, times: int) -> GenerationInputs:
         encoder_input_ids=repeat(inputs.encoder_input_ids),
         extra={name: repeat(value) for name, value in inputs.extra.items()},
     )
+
+
+def repeat_rows(value: Any, batch: int, times: int) -> Any:
+    """Repeat each row of a tensor, or of all tensors of an output, its copies next to each other.
+
+    Args:
+        value: A tensor, an output, a tuple of them, or anything else, which stays as it is.
+        batch: How many rows there are; a tensor with another number stays as it is.
+        times: How often.
+    """
+    if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == batch:
+        return value.repeat_interleave(times, dim=0)
+    if isinstance(value, ModelOutput):
+        return type(value)(**{name: repeat_rows(item, batch, times) for name, item in value.items()})
+    if isinstance(value, tuple):
+        return tuple(repeat_rows(item, batch, times) for item in value)
+    return value
 
 
 def _device(model: Any) -> torch.device | None:
