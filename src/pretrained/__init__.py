@@ -78,8 +78,13 @@ _NAMES = {
         "DynamicLayer",
         "DynamicSlidingLayer",
         "EncoderDecoderCache",
+        "OffloadedLayer",
+        "QuantizedCache",
+        "QuantizedLayer",
+        "SlidingWindowCache",
         "StaticCache",
         "StaticLayer",
+        "StaticSlidingWindowLayer",
     ),
     "pretrained.torch.outputs": (
         "BaseModelOutput",

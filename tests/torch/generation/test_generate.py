@@ -476,10 +476,7 @@ def test_bad_input_is_refused_before_the_first_forward(toy, arguments, text):
 
 LATER = {
     "token_healing": True,
-    "cache_config": {"nbits": 4},
-    "return_legacy_cache": True,
     "compile_config": {"mode": "x"},
-    "cache_implementation": "quantized",
     "use_mtp": True,
 }
 

@@ -18,6 +18,7 @@ from pretrained.errors import NotYetError
 from pretrained.torch.cache import Cache
 from pretrained.torch.generation import beams, strategies
 from pretrained.torch.generation.batch_mixin import BatchGenerationMixin
+from pretrained.torch.generation.caches import check_cache
 from pretrained.torch.generation.checks import check_beams
 from pretrained.torch.generation.contrastive import contrastive
 from pretrained.torch.generation.demands import check_demands
@@ -143,6 +144,7 @@ class GenerationMixin(BatchGenerationMixin):
         strategy = _STRATEGIES.get(mode)
         if strategy is None:
             raise NotYetError(f"{mode.value} cannot be run yet", mend=RELEASE)
+        check_cache(config)
         check_files(self)
         check_beams(self, config)
         prepared = prepare_inputs(self, config, inputs, model_inputs)
@@ -186,7 +188,10 @@ class GenerationMixin(BatchGenerationMixin):
         sequences = run.sequences.ids.contiguous()
         if not config.return_dict_in_generate:
             return sequences
-        return run.recorder.output(sequences, prepared, run.decoder.cache)
+        cache: Any = run.decoder.cache
+        if config.return_legacy_cache and cache is not None:
+            cache = cache.to_legacy_cache()
+        return run.recorder.output(sequences, prepared, cache)
 
     def prepare_inputs_for_generation(
         self,
