@@ -143,10 +143,11 @@ class _Block:
         k, v = cache.update(k, v, index)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
         x = x + self._out(out.reshape(rows, -1))
-        q = self._cross_in(self._cross_norm(x)).view(rows, -1, 1, width)
         k, v = cache.cross_attention_cache[index]
+        # Beams of one text look at it as if they were more queries of one row.
+        q = self._cross_in(self._cross_norm(x)).view(k.shape[0], -1, k.shape[1], width).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=encoder_mask, scale=1.0)
-        x = x + self._cross_out(out.reshape(rows, -1))
+        x = x + self._cross_out(out.transpose(1, 2).reshape(rows, -1))
         wide = self._up(self._feed_norm(x))
         if self._gated:
             gate, up = wide.chunk(2, dim=-1)
