@@ -286,9 +286,12 @@ def test_windows_say_what_the_forward_says(name, padded, taken):
     torch.testing.assert_close(ours.scores, theirs.scores, atol=2e-4, rtol=1e-4)
 
 
-def test_windows_read_the_copies_of_steps():
-    model = make(dtype=torch.bfloat16)
-    model.generate(**inputs(1, False), max_new_tokens=4, prompt_lookup_num_tokens=2, weight_copies=True)
-    copies = dict(model.__dict__["_weight_copies"]._entries)
-    model.generate(**inputs(1, False), max_new_tokens=4, weight_copies=True)
-    assert copies and dict(model.__dict__["_weight_copies"]._entries) == copies
+def test_windows_share_the_copies_of_steps(monkeypatch):
+    monkeypatch.setitem(CASES, "wide", ("LlamaForCausalLM", {"vocab_size": 1100}))
+    model = make("wide", dtype=torch.bfloat16)
+    seen = []
+    for more in ({}, {"prompt_lookup_num_tokens": 2}, {}):
+        model.generate(**inputs(1, False), max_new_tokens=6, weight_copies=True, **more)
+        seen.append({key: entry.stored for key, entry in model.__dict__["_weight_copies"]._entries.items()})
+    assert seen[0] and all(found.keys() == seen[0].keys() for found in seen)
+    assert all(found[key] is stored for found in seen for key, stored in seen[0].items())

@@ -272,7 +272,7 @@ class Decoder:
         """Let `extend` run what stands in for the model's forward, where something may; after the prompt."""
         if self.cache is not None and self._may_stand_in():
             copies, steps = self._config.weight_copies, self._new_tokens
-            self.window = find_window(self.model, self.cache, copies, steps)
+            self.window = find_window(self.model, self._inputs.rows, self.cache, copies, steps)
 
     def _run_window(self, window: DecodeWindow, tokens: torch.Tensor) -> Any:
         assert self.cache is not None

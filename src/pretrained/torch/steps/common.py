@@ -109,11 +109,14 @@ def find_step(
     return made
 
 
-def find_window(model: Any, cache: Cache, weight_copies: bool | None, steps: int) -> DecodeWindow | None:
+def find_window(
+    model: Any, rows: int, cache: Cache, weight_copies: bool | None, steps: int
+) -> DecodeWindow | None:
     """Return what stands in for a model's forward over several tokens, or None where the forward must run.
 
     Args:
         model: The model.
+        rows: Rows of each window.
         cache: Filled by the prompt.
         weight_copies: The setting of that name.
         steps: How many tokens there can be.
@@ -121,12 +124,9 @@ def find_window(model: Any, cache: Cache, weight_copies: bool | None, steps: int
     window: Any = getattr(type(model), "_decode_window", None)
     if window is None or not window.fits(model, cache):
         return None
-    # In float32 a copy is no faster here, and steps want another one.
-    plain = model.dtype == torch.float32
     with torch.inference_mode():
-        made: DecodeWindow = window(
-            model, cache, Products(2, None if plain else copies_of(model, weight_copies, steps))
-        )
+        products = Products(2, copies_of(model, weight_copies, steps), beside=rows)
+        made: DecodeWindow = window(model, cache, products)
     return made
 
 
@@ -194,10 +194,11 @@ class Products:
     Args:
         rows: Rows of a step.
         copies: Where copies of weights are kept; None to make none.
+        beside: Rows of other steps of the same model: only copies that these read too are made.
     """
 
-    def __init__(self, rows: int, copies: WeightCopies | None) -> None:
-        self._rows, self._copies = rows, copies
+    def __init__(self, rows: int, copies: WeightCopies | None, beside: int | None = None) -> None:
+        self._rows, self._copies, self._beside = rows, copies, beside
 
     def __call__(self, *layers: Any) -> Product:
         """Return the product of layers that read the same input, their outputs side by side.
@@ -230,6 +231,9 @@ class Products:
         form = choose(weight.device, weight.dtype, self._rows, outputs, copies=False)
         return make_product(form, weight.detach().t(), bias)
 
+    def _beside_form(self, weight: torch.Tensor, outputs: int) -> Form:
+        return choose(weight.device, weight.dtype, self._beside or 1, outputs, copies=True)
+
     def dense(self, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> Product:
         """Return the product of weights [out_i, in] that read the same input, their outputs side by side.
 
@@ -239,7 +243,13 @@ class Products:
         """
         first, outputs = weights[0], sum(weight.shape[0] for weight in weights)
         form = choose(first.device, first.dtype, self._rows, outputs, copies=self._copies is not None)
-        if form.is_copy and self._copies is not None and len({w.dtype for w in weights}) == 1:
+        other = form if self._beside is None else self._beside_form(first, outputs)
+        if (
+            form is other
+            and form.is_copy
+            and self._copies is not None
+            and len({w.dtype for w in weights}) == 1
+        ):
             stored = self._copies.get(form, weights)
             if stored is not None:
                 return make_product(form, stored, _joined(weights, biases))
