@@ -91,7 +91,7 @@ def _matrices(layer: nn.Module, rows: int) -> tuple[QuantizedLinear, ...]:
     parts: tuple[Any, ...] = (layer,)
     if type(layer) is GgufLinear:
         parts = layer.repacked
-    x = torch.empty(rows, layer.in_features) if parts and type(parts[0]) is QuantizedLinear else None
+    x = torch.empty(rows, layer.shape[1]) if parts and type(parts[0]) is QuantizedLinear else None
     if x is None or layer.weight.device.type != "cpu":  # type: ignore[union-attr]
         return ()
     ready = all(part.weight_order is None and part.kernel_group for part in parts)
