@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 JOBS ?= 2
 
-.PHONY: help demo test models lint types check bench faults clean
+.PHONY: help demo test models lint types check bench faults fuzz clean
 
 help:  ## List these commands
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ check: lint types test  ## Everything that CI runs
 
 bench: $(VENV)/.test models  ## Measure speed and memory beside the peers
 	$(BIN)/python benchmarks/run.py
+
+fuzz: $(VENV)/.test  ## Feed 100,000 mutated files to the readers (minutes)
+	$(BIN)/python tools/fuzz.py --record docs/fuzzing.json
 
 faults: $(VENV)/.test  ## Run the fault suite beside transformers, into docs/FAULTS.md
 	$(BIN)/python tools/faults/run.py

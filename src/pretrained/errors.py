@@ -117,5 +117,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         name: What the user wrote.
         known: The names that exist.
     """
+    if not isinstance(name, str) or len(name) > 200:  # a stranger's file may name anything
+        return ""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"Did you mean {near[0]!r}?" if near else ""

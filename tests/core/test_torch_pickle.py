@@ -444,3 +444,10 @@ def test_mutated_files(tmp_path, zipped, position, replacement):
 @settings(max_examples=20_000, deadline=None, suppress_health_check=QUIET)
 def test_many_mutated_files(tmp_path, zipped, position, replacement):
     check_mutation(tmp_path, zipped, position, replacement)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tensors_out_of_proportion_to_the_file(tmp_path, zipped):
+    file = save({"w": torch.ones(1).expand(10**9)}, tmp_path, zipped)
+    with pytest.raises(CheckpointError, match="its tensors claim 4000000000 bytes of a file of"):
+        read_torch_checkpoint(file)

@@ -46,6 +46,7 @@ def test_strftime_now():
 @pytest.mark.parametrize(
     ("template", "message"),
     [
+        ("{% if true %}{% break %}{% endif %}", r"not valid jinja2.*'break' outside loop"),
         ("a\n{% for %}", r"not valid jinja2 \(line 2: \{% for %\}\)"),
         ("a\n\n{{ raise_exception('roles must alternate') }}", r"refuses these messages \(line 3 .*: found roles must"),
         ("\n{{ nope.x }}", r"reads something that is not there \(line 2 .*'nope' is undefined"),

@@ -352,3 +352,20 @@ def test_classes_that_do_not_support_it_say_so():
         model.gradient_checkpointing_enable()
     model.gradient_checkpointing_disable()
     assert not model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_adapters_on_a_frozen_model(reentrant):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    results = []
+    for switched in (False, True):
+        model, inputs = ready(FAMILIES[0])
+        torch.manual_seed(0)
+        wrapped = peft.get_peft_model(model, config)
+        if switched:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        results.append(step(wrapped, inputs))
+    assert len(results[0][1]) == 8
+    assert_same(*results)

@@ -93,10 +93,10 @@ def test_models_sharded_over_one_process(tmp_path, processes, tied):
 
 
 @pytest.mark.parametrize("processes", [2], indirect=True)
-def test_models_sharded_over_several_processes_are_refused(tmp_path, processes):
+def test_parts_of_weights_are_no_state_dict(tmp_path, processes):
     model = sharded(tiny_llama(), processes)
-    with pytest.raises(ArgumentError, match=r"sharded over several.*found a DTensor over 2.*full_state_dict"):
-        model.save_pretrained(tmp_path / "x")
+    with pytest.raises(ArgumentError, match=r"sharded over several.*found a DTensor over 2.*every process"):
+        model.save_pretrained(tmp_path / "x", state_dict=model.state_dict())
     assert not (tmp_path / "x").exists()
     model.save_pretrained(tmp_path, state_dict=tiny_llama().state_dict())
     loads_as(tmp_path, tiny_llama().state_dict())

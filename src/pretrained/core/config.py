@@ -33,7 +33,7 @@ from pretrained.errors import ArgumentError, ConfigError, FileError, did_you_mea
 CONFIG_NAME = "config.json"
 
 # A config.json has a few kilobytes, one with a hundred thousand labels some megabytes.
-_MAX_JSON_BYTES = 100_000_000
+_MAX_JSON_BYTES = 20_000_000
 
 
 class PreTrainedConfig(AutoClassMixin, PushToHubMixin):

@@ -29,9 +29,11 @@ from pretrained.core.untrusted import (
     DOWNLOAD_AGAIN,
     describe_start,
     fault_of,
+    leads_out,
     open_regular,
     parse_json_object,
     read_at,
+    refuse_link_out,
 )
 from pretrained.core.weights_names import INDEX_NAME, candidates, choose_weights, few
 from pretrained.errors import ArgumentError, CheckpointError, FileError
@@ -136,6 +138,7 @@ def find_weights(
     except FileError as error:
         error.mend = error.mend or _elsewhere(folder)
         raise
+    refuse_link_out(folder, folder / name)
     if INDEX_NAME.fullmatch(name):
         return _from_index(folder / name)
     order = candidates(variant, None)
@@ -286,15 +289,14 @@ def _check_inside(gguf_file: str) -> None:
 
 def _shard(index: Path, name: str) -> Path:
     """Return the path of a file that an index names, having checked that it may be used."""
-    file, folder = index.parent / name, index.parent.resolve()
+    file = index.parent / name
     if not os.path.isfile(file):
         raise CheckpointError(
             f"The weights index names the file {name!r}, which {fault_of(file)}",
             where=index,
             mend="The download or copy is incomplete: fetch or copy that file as well.",
         )
-    target = file.resolve().parent
-    if target == folder or folder in target.parents or target == _blobs_of(folder):
+    if not leads_out(index.parent, file):
         return file
     raise CheckpointError(
         f"The weights index names the file {name!r}, a link that leads out of the folder",
@@ -302,14 +304,6 @@ def _shard(index: Path, name: str) -> Path:
         found=str(file.resolve()),
         mend="If you trust the link, replace it by a copy of the file.",
     )
-
-
-def _blobs_of(folder: Path) -> Path | None:
-    """Return where the Hub's cache keeps the files that a snapshot links to."""
-    for parent in folder.parents:
-        if parent.name == "snapshots":
-            return parent.parent / "blobs"
-    return None
 
 
 # Merging

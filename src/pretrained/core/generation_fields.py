@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pretrained.core.watermarking import wrong_watermark
+
 Check = Callable[[Any], str | None]
 """Takes a value that is not None; returns what would have been right, or None where it is right."""
 
@@ -146,7 +148,7 @@ FIELDS: Mapping[str, Field] = {
     "prompt_lookup_num_tokens": Field(None, _integer(1), "strategy", later=True),
     "assistant_early_exit": Field(None, _integer(1), "strategy", later=True),
     "token_healing": Field(False, _flag, "strategy", later=True),
-    "watermarking_config": Field(None, _anything, "strategy", later=True),
+    "watermarking_config": Field(None, wrong_watermark, "strategy"),
     "low_memory": Field(None, _flag, "strategy"),
     "early_stopping": Field(False, _one_of(True, False, "never"), "beams"),
     "length_penalty": Field(1.0, _number("a number", math.isfinite), "beams"),

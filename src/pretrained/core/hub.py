@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from pretrained.core.save_journal import text_file
-from pretrained.core.untrusted import fault_of
+from pretrained.core.untrusted import fault_of, refuse_link_out
 from pretrained.core.weights_names import INDEX_NAME, choose_weights, few
 from pretrained.errors import ArgumentError, CheckpointError, FileError, did_you_mean
 
@@ -129,6 +129,8 @@ class Source:
         if self.names is None:
             path = text_file(self.folder, name)
             if os.path.isfile(path):
+                if self.path != path:  # what the user names may be any link
+                    refuse_link_out(self.folder, path)
                 return path
         if not required:
             return None

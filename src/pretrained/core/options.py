@@ -23,7 +23,8 @@ Progress = Callable[[int, int, str], None]
 # Long without effect in the ecosystem: loading through an empty shell is how every load works.
 _HARMLESS = ("low_cpu_mem_usage", "offload_state_dict", "_fast_init", "_from_auto", "_commit_hash")
 
-# Auto classes take these; a class that was named runs no code but its own.
+# Obeyed by the Auto classes, which take them out before. A class that the caller names is its own code, so
+# there is nothing left to trust, whatever they say.
 _FOR_AUTO_CLASSES = ("trust_remote_code", "code_revision")
 
 _RETIRED = {

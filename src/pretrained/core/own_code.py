@@ -166,7 +166,7 @@ def load_class(source: Source, auto_map: Mapping[str, Any], key: str, options: C
             if other.repository == wanted.repository and code.file(other.file, required=False) is not None:
                 modules[other.module] = None
     code.require(wanted.file)
-    files = collect(lambda name: _inside(code, name), list(modules))
+    files = collect(lambda name: code.file(name, required=False), list(modules))
     package = _package(files)
     logger.warning(
         "trust_remote_code: running %s of %s%s for %s",
@@ -217,25 +217,6 @@ def _source_of_code(source: Source, reference: Reference, options: CodeOptions) 
             mend=f"Read the file there; what it holds now is {argument}={source.commit!r}.",
         )
     return source
-
-
-def _inside(source: Source, name: str) -> Path | None:
-    """Return a file of a source, having checked that no link leads out of it."""
-    path = source.file(name, required=False)
-    if path is None:
-        return None
-    folder = source.folder.resolve()
-    # The Hub's cache keeps the files that a snapshot links to beside it.
-    roots = [folder, *(above.parent / "blobs" for above in folder.parents if above.name == "snapshots")]
-    target = path.resolve()
-    if not any(root in target.parents for root in roots):
-        raise ConfigError(
-            f"{name} is a link that leads out of the model's folder",
-            where=source.folder,
-            found=str(target),
-            mend="If you trust the link, replace it by a copy of the file.",
-        )
-    return path
 
 
 def collect(fetch: Fetch, modules: list[str]) -> dict[str, tuple[Path, bytes]]:

@@ -31,7 +31,7 @@ from pretrained.core.pickle_values import (
 )
 from pretrained.errors import CheckpointError
 
-MAX_STEPS: Final = 10_000_000
+MAX_STEPS: Final = 4_000_000
 """Most opcodes that a pickle may have: about fifty are needed for one tensor."""
 
 _MOST_AXES: Final = 64

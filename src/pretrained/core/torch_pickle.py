@@ -28,6 +28,9 @@ from pretrained.errors import CheckpointError
 MAX_PICKLE_BYTES: Final = 64 * 2**20
 """Longest pickle that is read. The one of a state dict takes about 200 bytes a tensor."""
 
+MOST_GROWTH: Final = 100
+"""Bytes of tensors that one byte of a file may stand for, by shared storages and strides of 0."""
+
 _ZIP_START: Final = b"PK\x03\x04"
 _PICKLE_START: Final = b"\x80"
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
@@ -61,8 +64,10 @@ def read_torch_checkpoint(file: Path) -> Checkpoint:
         else:
             raise _not_torch(start, file=file)
     tensors, others = _state_dict(value, file=file)
+    infos = {key: _tensor_info(key, tensor, spans, file=file) for key, tensor in tensors.items()}
+    _refuse_growth(infos, file=file, size=size)
     return Checkpoint(
-        tensors={key: _tensor_info(key, tensor, spans, file=file) for key, tensor in tensors.items()},
+        tensors=infos,
         files=(file,),
         format="pytorch",
         framework="pt",
@@ -289,6 +294,13 @@ def _tensor_info(key: str, tensor: StoredTensor, spans: _Spans, *, file: Path) -
         )
     strides = None if elements == 0 or _is_contiguous(tensor) else tensor.strides
     return TensorInfo(key, tensor.dtype.name, tensor.shape, file, start + begin, reach * itemsize, strides)
+
+
+def _refuse_growth(infos: dict[str, TensorInfo], *, file: Path, size: int) -> None:
+    """Refuse tensors that are out of proportion to the file: storages may be shared, and strides may be 0."""
+    claimed = sum(prod(info.shape) * DTYPES[info.dtype].itemsize for info in infos.values())
+    if claimed > MOST_GROWTH * size:
+        raise _corrupt(f"its tensors claim {claimed} bytes of a file of {size}", file=file)
 
 
 def _storage_span(key: str, storage: StorageRef, spans: _Spans, *, file: Path) -> tuple[int, int]:

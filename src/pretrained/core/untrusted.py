@@ -48,6 +48,44 @@ def fault_of(path: Path) -> str:
     return "is a folder" if stat.S_ISDIR(mode) else "is neither a file nor a folder"
 
 
+def leads_out(folder: Path, file: Path) -> bool:
+    """Tell whether a file of a folder is a link that leads out of it.
+
+    The links of the Hub's cache do not: a snapshot's files are links to the blobs of the same repository.
+
+    Args:
+        folder: The model's folder; it may itself be reached by links.
+        file: A file in it.
+    """
+    if not os.path.islink(file):
+        return False
+    try:
+        target, top = file.resolve().parent, folder.resolve()
+    except (OSError, RuntimeError):  # a link to itself; opening it says so
+        return False
+    blobs = next((parent.parent / "blobs" for parent in top.parents if parent.name == "snapshots"), None)
+    return not (target in (top, blobs) or top in target.parents)
+
+
+def refuse_link_out(folder: Path, file: Path) -> None:
+    """Raise for a file of a folder that is a link out of it, so that no model reads what lies elsewhere.
+
+    Args:
+        folder: The model's folder.
+        file: A file in it.
+
+    Raises:
+        FileError: it is such a link.
+    """
+    if leads_out(folder, file):
+        raise FileError(
+            f"The file {file.name!r} is a link that leads out of the model's folder",
+            where=folder,
+            found=str(file.resolve()),
+            mend="If you trust the link, replace it by a copy of the file, or pass the file's own path.",
+        )
+
+
 @contextmanager
 def open_regular(file: Path) -> Iterator[tuple[BinaryIO, int]]:
     """Open a plain file for reading.

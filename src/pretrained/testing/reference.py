@@ -277,6 +277,113 @@ def _entropy(probs: Scores) -> float:
     return -sum(p * math.log(p) for p in probs if p > 0)
 
 
+# -- rules of single families, watermarks --------------------------------------------------------
+
+
+def forced_tokens(ids: Ids, scores: Scores, at: Mapping[int, int]) -> Scores:
+    """Given tokens at given positions."""
+    token = at.get(ids.shape[1])
+    return scores.copy() if token is None else only(scores, [token])
+
+
+def alternating_codebooks(ids: Ids, scores: Scores, start: int, before: int, size: int) -> Scores:
+    """Tokens of the first codebook at every second position from `start`, of the second one between."""
+    first = set(range(before, before + size))
+    second = set(range(before + size, scores.shape[1]))
+    turn = first if (ids.shape[1] - start) % 2 == 0 else second
+    return _keeping(scores, [turn] * len(scores))
+
+
+def likely_end(ids: Ids, scores: Scores, ends: Sequence[int], bound: float) -> Scores:
+    """Nothing but the ends where one of them is likelier than a bound."""
+    out = scores.copy()
+    for row, probs in enumerate(softmax(scores)):
+        if any(probs[end] > bound for end in ends):
+            out[row] = [value if token in ends else -INF for token, value in enumerate(scores[row])]
+    return out
+
+
+def time_stamps(
+    ids: Ids, scores: Scores, no_stamps: int, end: int, begin: int, latest: int | None, joint: bool = True
+) -> Scores:
+    """Whisper's time stamps: in pairs, never back, one first, one where all are likelier than any text."""
+    out = scores.copy()
+    first = no_stamps + 1
+    for row, values in enumerate(out):
+        said = ids[row, begin:].tolist()
+        values[no_stamps] = -INF
+        last = bool(said) and said[-1] >= first
+        before = len(said) < 2 or said[-2] >= first
+        for token in range(len(values)):
+            stamp = token >= first
+            if last and (stamp if before else token < end):
+                values[token] = -INF
+            seen = [other for other in said if other >= first]
+            if stamp and seen and token < seen[-1] + (0 if last and not before else 1):
+                values[token] = -INF
+            too_late = latest is not None and token > first + latest
+            if ids.shape[1] == begin and (not stamp or too_late):
+                values[token] = -INF
+        mass = sum(math.exp(value) for value in values[first:])
+        if joint and mass > math.exp(max(values[:first])):
+            values[:first] = -INF
+    return out
+
+
+def green_tokens(
+    ids: Ids, scores: Scores, green: Callable[[Sequence[int]], set[int]], bias: float, own: bool, width: int
+) -> Scores:
+    """A bias for green tokens; `green` gives the list of a window of tokens (with the new one, if `own`)."""
+    out = scores.copy()
+    for row, values in enumerate(out):
+        sequence = ids[row].tolist()
+        if not own:
+            chosen = green(sequence[-width:])
+        else:
+            tried = _best(values, min(40, len(values)))
+            chosen = {token for token in tried if token in green([*sequence, token][-width:])}
+        for token in chosen:
+            values[token] += bias
+    return out
+
+
+def tournament(
+    ids: Ids, scores: Scores, start: int, ngram: int, keys: Sequence[int], table: Sequence[int], history: int
+) -> Scores:
+    """SynthID's tournament: of two tokens drawn in each round, one that threw 1 beats one that threw 0."""
+
+    def mix(value: int, item: int) -> int:
+        return ((value + item) * 6364136223846793005 + 1) % 2**64
+
+    def signed(value: int) -> int:
+        return value - 2**64 if value >= 2**63 else value
+
+    def hash_of(context: Sequence[int]) -> int:
+        value = 1
+        for token in context:
+            value = mix(value, token)
+        return value
+
+    out = scores.astype(np.float64)
+    for row, shares in enumerate(softmax(scores)):
+        probs = shares.tolist()
+        said = [0] * (ngram - 1) + ids[row, start:].tolist()
+        hashes = [hash_of(said[at : at + ngram - 1]) for at in range(len(said) - ngram + 2)]
+        if hashes[-1] in hashes[:-1][-history:]:
+            continue
+        for key in keys:
+            throws = [
+                table[signed(mix(mix(hashes[-1], token), key)) % len(table)] for token in range(len(probs))
+            ]
+            heads = sum(p for p, throw in zip(probs, throws, strict=True) if throw)
+            # Wins of a token: against itself or its like, half of the draws each; 1 against 0, all of them.
+            wins = [heads + 2 * (1 - heads) if throw else 1 - heads for throw in throws]
+            probs = [p * share for p, share in zip(probs, wins, strict=True)]
+        lowest = np.finfo(np.float32).min
+        out[row] = [math.log(p) if p > 0 else lowest for p in probs]
+    return out
+
+
 # -- relative positions ----------------------------------------------------------------------------
 
 

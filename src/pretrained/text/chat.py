@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 try:
     import jinja2
-    from jinja2 import nodes, pass_eval_context
+    from jinja2 import nodes, pass_context, pass_eval_context
     from jinja2.ext import Extension, LoopControlExtension
     from jinja2.filters import do_join
     from jinja2.nodes import EvalContext
@@ -36,12 +36,15 @@ except ImportError as error:
 
 from pretrained.errors import TokenizerError
 from pretrained.text.chat_limits import (
+    MAX_TEMPLATE,
     Budget,
     OverBudgetError,
     check_join,
+    check_length,
     check_method,
     check_operator,
     checked,
+    weigh,
 )
 
 _NAME = "<chat template>"
@@ -85,7 +88,6 @@ def render_chat(
             **variables,
         ):
             parts.append(part)
-            budget.spend_output(len(part))
         return "".join(parts)
     except _RefusedByTemplateError as error:
         _fail(
@@ -163,6 +165,9 @@ def check_messages(messages: Sequence[_Message]) -> None:
             )
 
 
+# Filters for web pages, and those whose work no size tells.
+_NOT_OFFERED = ("filesizeformat", "pprint", "random", "urlize", "wordwrap", "xmlattr")
+
 _PASS_ANOTHER = "Pass another one as chat_template=..."
 
 
@@ -213,19 +218,45 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             loop.iter = self._filtered("_counted", typing.cast(nodes.Expr, loop.iter))
         for node in list(source.find_all(nodes.Node)):
             for name, child in list(node.iter_fields()):
-                if isinstance(child, nodes.Concat):
+                if _is_made(child):
                     setattr(node, name, self._filtered("_checked", child))
                 elif isinstance(child, list):
-                    child[:] = [
-                        self._filtered("_checked", c) if isinstance(c, nodes.Concat) else c for c in child
-                    ]
+                    child[:] = [self._filtered("_checked", c) if _is_made(c) else c for c in child]
+        for output in list(source.find_all(nodes.Output)):
+            output.nodes = [self._filtered("_written", self._expression(part)) for part in output.nodes]
         return super()._generate(source, *args, **kwargs)
+
+    def _expression(self, part: nodes.Expr) -> nodes.Expr:
+        return nodes.Const(part.data, lineno=part.lineno) if isinstance(part, nodes.TemplateData) else part
 
     def _filtered(self, name: str, node: nodes.Expr) -> nodes.Filter:
         return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=self)
 
 
-def _counted(items: Any) -> Any:
+def _is_made(node: object) -> bool:
+    """Tell whether an expression joins texts, or makes a list or the like, where nothing else looks at it."""
+    if isinstance(node, nodes.Tuple):
+        return node.ctx == "load"
+    return isinstance(node, nodes.Concat | nodes.List | nodes.Dict)
+
+
+# Filters with a context are never run ahead by jinja2, when no budget is there yet.
+@pass_context
+def _written(context: Context, value: Any) -> str:
+    """What an expression or a piece of the template writes, taken off the budget."""
+    Budget.current.get().spend_step()
+    text = str(checked(value))
+    Budget.current.get().spend_output(len(text))
+    return text
+
+
+@pass_context
+def _checked(context: Context, value: Any) -> Any:
+    return checked(value)
+
+
+@pass_context
+def _counted(context: Context, items: Any) -> Any:
     # jinja2's `loop.length` and the like work with any iterator; an undefined value stays what it is.
     return _count(iter(items)) if not isinstance(items, jinja2.Undefined) else items
 
@@ -243,15 +274,24 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        check_method(name, args[skip], args[skip + 1 :], kwargs)
-        return checked(function(*args, **kwargs))
+        if budget := Budget.current.get(None):
+            budget.spend_call()
+        values = [_limited(value) for value in args]
+        check_method(name, values[skip], tuple(values[skip + 1 :]), kwargs)
+        return _limited(checked(function(*values, **kwargs)))
 
     return guarded
 
 
+def _limited(value: Any) -> Any:
+    """An iterator whose steps are counted, in place of one whose steps are not; other values as they are."""
+    return _count(value) if isinstance(value, Iterator) else value
+
+
 @pass_eval_context
 def _join(context: EvalContext, value: Any, d: str = "", attribute: str | int | None = None) -> str:
-    items = list(value)
+    Budget.current.get().spend_call()
+    items = list(_limited(value))
     check_join(d, items)
     return str(do_join(context, items, d, attribute))
 
@@ -264,6 +304,7 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """JSON as models saw it in training: jinja2's own filter would escape HTML."""
+    check_length(weigh(value) * (1 + (indent if isinstance(indent, int) else len(indent or ""))))
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -274,6 +315,7 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _strftime_now(format_: str) -> str:
+    check_length(64 * len(format_))
     return datetime.datetime.now().strftime(format_)
 
 
@@ -283,12 +325,16 @@ def _environment() -> _Sandbox:
         trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _GenerationBlock]
     )
     # Padding and replacing filters take sizes from the template.
-    for name in ("center", "indent", "replace", "format"):
-        environment.filters[name] = _guarded(name, environment.filters[name])
+    for name in _NOT_OFFERED:
+        del environment.filters[name]
+    del environment.globals["lipsum"]
+    for name, function in list(environment.filters.items()):
+        environment.filters[name] = _guarded(name, function)
     environment.filters["join"] = _join
-    environment.filters["tojson"] = _to_json
+    environment.filters["tojson"] = _guarded("tojson", _to_json)
     environment.filters["_counted"] = _counted
-    environment.filters["_checked"] = checked
+    environment.filters["_checked"] = _checked
+    environment.filters["_written"] = _written
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
@@ -296,6 +342,13 @@ def _environment() -> _Sandbox:
 
 @functools.lru_cache(maxsize=32)
 def _compile(template: str) -> jinja2.Template:
+    if len(template) > MAX_TEMPLATE:
+        raise TokenizerError(
+            "The chat template is too long",
+            expected=f"at most {MAX_TEMPLATE:,} characters",
+            found=f"{len(template):,}",
+            mend=_PASS_ANOTHER,
+        )
     environment = _environment()
     try:
         code = environment.compile(template, filename=_NAME)
@@ -305,6 +358,11 @@ def _compile(template: str) -> jinja2.Template:
             where=_line(template, error.lineno),
             found=error.message,
             mend=_PASS_ANOTHER,
+        ) from error
+    except SyntaxError as error:
+        # Of the Python that jinja2 writes: it lets a break through that stands in no loop.
+        raise TokenizerError(
+            "The chat template is not valid jinja2", found=error.msg, mend=_PASS_ANOTHER
         ) from error
     except RecursionError as error:
         raise TokenizerError("The chat template is nested too deeply", mend=_PASS_ANOTHER) from error

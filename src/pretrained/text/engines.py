@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pretrained.errors import MissingDependencyError, TokenizerError
+from pretrained.text.guards import check_charsmaps, check_growth, library_faults
 
 if TYPE_CHECKING:
     import tokenizers
@@ -166,6 +167,16 @@ class TokenizersEngine:
         truncation: Truncation | None,
     ) -> list[Row]:
         """Encode texts, or pairs of texts."""
+        with library_faults("The tokenizer fails on this text"):
+            return self._encode(texts, pairs, add_special_tokens, truncation)
+
+    def _encode(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None,
+        add_special_tokens: bool,
+        truncation: Truncation | None,
+    ) -> list[Row]:
         inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         if len(inputs) == 1:
             # The library starts threads for a batch, and complains when the process forks after that.
@@ -196,11 +207,13 @@ class TokenizersEngine:
 
     def tokenize(self, text: str, *, add_special_tokens: bool) -> list[str]:
         """Split a text into the spellings of its tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).tokens
+        with library_faults("The tokenizer fails on this text"):
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).tokens
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Turn ids into text."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with library_faults("The tokenizer fails on these ids"):
+            return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token's spelling."""
@@ -261,6 +274,10 @@ class TokenizersEngine:
         return self.tokenizer.to_str(pretty=True)
 
 
+MOST_SENTINELS = 10_000
+"""Sentinels that a `ByteEngine` may have: each gets a name, so the number in a file is memory."""
+
+
 class ByteEngine:
     """UTF-8 bytes as tokens: ByT5's vocabulary, which needs no file.
 
@@ -275,6 +292,13 @@ class ByteEngine:
     _BASE = ("<pad>", "</s>", "<unk>")
 
     def __init__(self, extra_ids: int = 125) -> None:
+        if not 0 <= extra_ids <= MOST_SENTINELS:
+            raise TokenizerError(
+                "A tokenizer of bytes cannot have so many sentinels",
+                where="extra_ids",
+                expected=f"0 to {MOST_SENTINELS}",
+                found=extra_ids,
+            )
         self.extra_ids = extra_ids
         named = [*self._BASE, *(None for _ in range(256)), *(f"<extra_id_{i}>" for i in range(extra_ids))]
         self._added = {token: index for index, token in enumerate(named) if token is not None}
@@ -442,23 +466,23 @@ def load_json_tokenizer(text: str, where: object) -> TokenizersEngine:
     Raises:
         TokenizerError: it is not JSON, or no tokenizer that the ``tokenizers`` library knows.
     """
+    library = tokenizers_library()
     try:
-        return TokenizersEngine(tokenizers_library().Tokenizer.from_str(text))
-    except MissingDependencyError:
-        raise
-    except Exception as error:  # the library raises bare Exception
+        with library_faults("The tokenizer's file cannot be used", where):
+            check_charsmaps(text, where)
+            tokenizer = library.Tokenizer.from_str(text)
+            check_growth(tokenizer.normalizer, where)
+            return TokenizersEngine(tokenizer)
+    except TokenizerError as error:
         try:
             json.loads(text)
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             raise TokenizerError(
                 "The tokenizer's file is not valid JSON",
                 where=where,
                 found=str(problem),
                 mend="Fetch or save it again.",
             ) from error
-        raise TokenizerError(
-            "The tokenizer's file cannot be used",
-            where=where,
-            found=str(error),
-            mend="It may need a newer tokenizers package: pip install -U tokenizers.",
-        ) from error
+        if error.mend == "Fetch or save it again.":
+            error.mend = "It may need a newer tokenizers package: pip install -U tokenizers."
+        raise

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrained.errors import TokenizerError
 from pretrained.text.engines import TokenizersEngine, tokenizers_library
+from pretrained.text.guards import check_charsmap
 from pretrained.text.pretokenizers import byte_level, splitting
 from pretrained.text.settings import UNLIMITED, TokenizerSettings
 
@@ -257,7 +258,9 @@ def _build_unigram(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool,
         library.models.Unigram(pieces, unk_id=unknown, byte_fallback=_BYTE in vocabulary.types)
     )
     characters = vocabulary.get("precompiled_charsmap")
-    steps = [library.normalizers.Precompiled(_bytes(characters))] if characters is not None else []
+    table = _bytes(characters) if characters is not None else b""
+    check_charsmap(table, vocabulary.where)
+    steps = [library.normalizers.Precompiled(table)] if characters is not None else []
     tokenizer.normalizer = library.normalizers.Sequence(steps)
     scheme = "always" if vocabulary.flag("add_space_prefix", True) else "never"
     metaspace = {"replacement": _SPACE, "prepend_scheme": scheme}

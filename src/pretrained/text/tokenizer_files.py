@@ -14,6 +14,7 @@ from pretrained.core.writer import write_text_atomically
 from pretrained.errors import ArgumentError, TokenizerError, UnknownArgumentError, did_you_mean
 from pretrained.text.engines import ByteEngine, Engine, TokenizersEngine, load_json_tokenizer
 from pretrained.text.gguf_vocab import gguf_tokenizer
+from pretrained.text.guards import library_faults, malformed_files
 from pretrained.text.settings import SPECIAL_NAMES, UNLIMITED, TokenizerSettings
 from pretrained.text.vocab_files import (
     BERT_SPECIAL,
@@ -90,6 +91,13 @@ def read_tokenizer(
         TokenizerError: no tokenizer is there, or its files are broken.
         FileError: a file that was asked for is not there.
     """
+    with malformed_files(source.path or source.folder):
+        return _read_tokenizer(source, gguf_file, overrides)
+
+
+def _read_tokenizer(
+    source: Source, gguf_file: str | None, overrides: Mapping[str, Any]
+) -> tuple[Engine, TokenizerSettings]:
     path = _gguf_path(source, gguf_file)
     if path is not None:
         return read_gguf_tokenizer(read_gguf(path).metadata, path, overrides)
@@ -115,7 +123,8 @@ def read_gguf_tokenizer(
         where: The file, for errors.
         overrides: Settings that replace those of the file.
     """
-    engine, settings = gguf_tokenizer(metadata, where)
+    with malformed_files(where), library_faults("This GGUF file's vocabulary cannot be used", where):
+        engine, settings = gguf_tokenizer(metadata, where)
     described: dict[str, Any] = dict(settings.special)
     for name in ("model_max_length", "chat_template"):
         described[name] = getattr(settings, name)
@@ -187,12 +196,18 @@ def _settings_from(config: Mapping[str, Any]) -> TokenizerSettings:
     extra_tokens = [_content(t) for t in (extra.values() if isinstance(extra, Mapping) else extra)]
     kind = str(values.pop("tokenizer_class", None) or TokenizerSettings().tokenizer_class)
     names = values.pop("model_input_names", None)
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names or ()):
+        raise TokenizerError("model_input_names must be a list of names", found=repr(names)[:200])
     if names is None:
         types = ("token_type_ids",) if kind.startswith(_WITH_TOKEN_TYPES) else ()
         names = ("input_ids", *types, "attention_mask")
     template = values.pop("chat_template", None)
     if isinstance(template, list):  # the older spelling of several templates
         template = {str(item["name"]): str(item["template"]) for item in template}
+    if not isinstance(template, str | dict | None) or (
+        isinstance(template, dict) and not all(isinstance(text, str) for text in template.values())
+    ):
+        raise TokenizerError("chat_template must be a text, or texts by name", found=repr(template)[:200])
     length = values.pop("model_max_length", None)
     settings = TokenizerSettings(
         special=special,

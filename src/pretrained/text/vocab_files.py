@@ -15,6 +15,7 @@ from typing import Any
 
 from pretrained.errors import TokenizerError
 from pretrained.text.engines import TokenizersEngine, tokenizers_library
+from pretrained.text.guards import read_bounded
 from pretrained.text.pretokenizers import byte_level, splitting
 
 BERT_SPECIAL = {
@@ -127,17 +128,9 @@ def read_text(file: Path) -> str:
         file: UTF-8.
 
     Raises:
-        TokenizerError: it is no UTF-8.
+        TokenizerError: it is no UTF-8, or too large.
     """
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TokenizerError(
-            "The tokenizer's file is not UTF-8 text",
-            where=file,
-            found=str(error),
-            mend="Fetch or save it again.",
-        ) from error
+    return read_bounded(file)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -151,7 +144,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(read_text(file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(
             "The tokenizer's file is not valid JSON",
             where=file,

@@ -9,6 +9,7 @@ import logging
 import mmap
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pretrained.torch.dispatch import disk_weights_of
 from pretrained.torch.mapped_mixin import check_files
 from pretrained.torch.offload import ReleaseBehind
 from pretrained.torch.quantize import all_ties, quantized_leaves
+from pretrained.torch.save_ranks import SharedSave, is_model_shared, is_shared
 from pretrained.torch.saved_weights import class_of, unknown_aliases, whole_tensors, without_wrappers
 from pretrained.torch.tensors import dtype_name_of
 from pretrained.torch.ties import head_tie
@@ -48,8 +50,11 @@ SaveFunction = Callable[[dict[str, torch.Tensor], str], Any]
 class _TensorSource:
     """A tensor that hands its bytes to the writer when its turn comes."""
 
-    def __init__(self, tensor: torch.Tensor, behind: ReleaseBehind, model: Any) -> None:
-        self.tensor, self._behind, self._model = tensor, behind, model
+    def __init__(
+        self, key: str, tensor: torch.Tensor, model: Any, behind: ReleaseBehind, shared: SharedSave | None
+    ) -> None:
+        self._key, self.tensor = key, tensor
+        self._model, self._behind, self._shared = model, behind, shared
         self.dtype = dtype_name_of(tensor.dtype)
         self.shape = tuple(tensor.shape)
 
@@ -57,10 +62,14 @@ class _TensorSource:
     def nbytes(self) -> int:
         return self.tensor.numel() * self.tensor.element_size()
 
-    def read(self) -> memoryview:
+    def whole(self) -> torch.Tensor:
+        """Return the tensor, its parts put together where several processes hold them."""
         self._behind.enter(self.tensor)
         check_files(self._model)
-        return memoryview(_bytes_of(self.tensor).numpy().data)
+        return self.tensor if self._shared is None else self._shared.whole(self._key, self.tensor)
+
+    def read(self) -> memoryview:
+        return memoryview(_bytes_of(self.whole()).numpy().data)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -100,7 +109,9 @@ def save_pretrained(
     Args:
         model: A `PreTrainedModel`.
         save_directory: The folder; made where it is absent.
-        is_main_process: False writes nothing: another process does.
+        is_main_process: False writes nothing: another process does. A model whose weights several processes
+            hold parts of (`DTensor`, FSDP2) is saved by all of them together: each calls this, and the one
+            that says True writes; where all say so, the first.
         state_dict: Weights to write instead of the model's own.
         save_function: Writes one pickle, as ``save_function(tensors by name, path)``; None for
             ``torch.save``. It has a say only with ``safe_serialization=False``.
@@ -133,7 +144,8 @@ def save_pretrained(
             where="save_function",
             found=repr(save_function)[:200],
         )
-    if not is_main_process:
+    shared = SharedSave(is_main_process) if state_dict is None and is_model_shared(model) else None
+    if shared is None and not is_main_process:
         return
     adapter_config = None
     if model.has_adapters():
@@ -146,7 +158,7 @@ def save_pretrained(
         model.config.auto_map = {**(getattr(model.config, "auto_map", None) or {}), **code_map}
     stem = "model" if adapter_config is None else ADAPTER_STEM
     behind = ReleaseBehind(disk_weights_of(model))
-    sources = {key: _TensorSource(tensor, behind, model) for key, tensor in weights.items()}
+    sources = {key: _TensorSource(key, tensor, model, behind, shared) for key, tensor in weights.items()}
     _check_values(weights)
     names = {"file_stem": stem}
     if not safe_serialization:
@@ -154,28 +166,32 @@ def save_pretrained(
     sizes = {key: source.nbytes for key, source in sources.items()}
     plan = plan_shards(sizes, max_shard_size, variant=variant, **names)
     texts, fault = config_texts(model) if adapter_config is None else ({ADAPTER_CONFIG: adapter_config}, None)
-    with errors_with_mend(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with one_saver(folder):
-        write_own_code(folder, {name: text for name, text in code.items() if "/" in name})
-        texts |= {name: text for name, text in code.items() if "/" not in name}
-        if safe_serialization:
-            if save_function not in (None, torch.save):
-                logger.warning("save_function writes pickles; safetensors files are written without it.")
-            write_checkpoint(
-                folder, plan, sources, {"format": "pt"}, file_stem=stem, variant=variant, texts=texts
-            )
-        else:
-            _refuse_beside_safetensors(folder, variant, plan.file_stem)
-            write_checkpoint(
-                folder,
-                plan,
-                sources,
-                file_stem=plan.file_stem,
-                variant=variant,
-                write_file=_pickle_writer(model, weights, save_function or torch.save),
-                texts=texts,
-            )
+    if shared is not None and not shared.writes:
+        shared.give(weights, folder)
+        return
+    with nullcontext() if shared is None else shared.writing():
+        with errors_with_mend(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with one_saver(folder):
+            write_own_code(folder, {name: text for name, text in code.items() if "/" in name})
+            texts |= {name: text for name, text in code.items() if "/" not in name}
+            if safe_serialization:
+                if save_function not in (None, torch.save):
+                    logger.warning("save_function writes pickles; safetensors files are written without it.")
+                write_checkpoint(
+                    folder, plan, sources, {"format": "pt"}, file_stem=stem, variant=variant, texts=texts
+                )
+            else:
+                _refuse_beside_safetensors(folder, variant, plan.file_stem)
+                write_checkpoint(
+                    folder,
+                    plan,
+                    sources,
+                    file_stem=plan.file_stem,
+                    variant=variant,
+                    write_file=_pickle_writer(sources, save_function or torch.save),
+                    texts=texts,
+                )
     if fault is not None:
         raise fault
     push(model)
@@ -198,7 +214,9 @@ def weights_to_write(
         raise ArgumentError("state_dict is not a dictionary", where="state_dict", found=type(state_dict))
     if state_dict is None:
         _refuse_unsavable(model)
-    given = dict(model.state_dict() if state_dict is None else state_dict)
+    # The parameters themselves where they are shared: nothing else tells that two of them are one.
+    keep = state_dict is None and is_model_shared(model)
+    given = dict(model.state_dict(keep_vars=keep) if state_dict is None else state_dict)
     for key, tensor in given.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
             raise ArgumentError(
@@ -206,7 +224,7 @@ def weights_to_write(
                 where=f"state_dict[{key!r}]",
                 found=type(tensor).__name__,
             )
-    weights = whole_tensors(without_wrappers(given, model))
+    weights = whole_tensors(without_wrappers(given, model), keep_shared=keep)
     for alias, owner in {**all_ties(model), **unknown_aliases(model, weights)}.items():
         # Written only where the two have come apart, for then the file must say so.
         if alias in weights and owner in weights and _same_memory(weights[alias], weights[owner]):
@@ -242,6 +260,8 @@ def _folder(path: Any) -> Path:
 
 
 def _same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
+    if first is second or is_shared(first) or is_shared(second):
+        return first is second
     return (
         first.device == second.device
         and first.data_ptr() == second.data_ptr()
@@ -279,17 +299,12 @@ def _refuse_beside_safetensors(folder: Path, variant: str | None, stem: str) -> 
 
 
 def _pickle_writer(
-    model: Any, weights: Mapping[str, torch.Tensor], save_function: SaveFunction
+    sources: Mapping[str, _TensorSource], save_function: SaveFunction
 ) -> Callable[[Path, Sequence[str]], None]:
     """Return what writes one pickle of tensors, in memory of their own: a pickle stores whole storages."""
 
     def write(file: Path, keys: Sequence[str]) -> None:
-        check_files(model)
-        behind = ReleaseBehind(disk_weights_of(model))
-        shard = {}
-        for key in keys:
-            behind.enter(weights[key])
-            shard[key] = _compact(weights[key])
+        shard = {key: _compact(sources[key].whole()) for key in keys}
         try:
             save_function(shard, str(file))
         except RuntimeError as error:  # torch's writer says so of a full disk

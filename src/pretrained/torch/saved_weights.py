@@ -15,6 +15,7 @@ import torch
 
 from pretrained.errors import ArgumentError, PretrainedError
 from pretrained.torch.load import build_empty, skeleton_of
+from pretrained.torch.save_ranks import is_shared
 
 # What wrappers insert into the names below them.
 _INSERTED = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -48,19 +49,25 @@ def without_wrappers(weights: Mapping[str, torch.Tensor], model: Any) -> dict[st
     return found
 
 
-def whole_tensors(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def whole_tensors(
+    weights: Mapping[str, torch.Tensor], *, keep_shared: bool = False
+) -> dict[str, torch.Tensor]:
     """Return weights as plain tensors with all their values.
 
     Those that are sharded over one process are put together; over several they are refused, since that takes
-    all processes while only one saves.
+    all processes, unless the caller sees to it.
 
     Args:
         weights: By name.
+        keep_shared: Leave tensors that several processes hold parts of (`DTensor`) as they are.
 
     Raises:
         ArgumentError: a weight that is sharded over several processes, flattened, sparse or nested.
     """
-    return {key: _whole(key, tensor) for key, tensor in weights.items()}
+    return {
+        key: tensor if keep_shared and is_shared(tensor) else _whole(key, tensor)
+        for key, tensor in weights.items()
+    }
 
 
 def _whole(key: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -75,9 +82,9 @@ def _whole(key: str, tensor: torch.Tensor) -> torch.Tensor:
             where=key,
             expected="whole tensors",
             found=f"a {kind}" + (f" over {mesh.size()} processes" if mesh is not None else ""),
-            mend="In every process, call get_model_state_dict(model, options=StateDictOptions("
-            "full_state_dict=True, cpu_offload=True)) of torch.distributed.checkpoint.state_dict; "
-            "then pass what it returns in the first one as state_dict=.",
+            mend="Call save_pretrained in every process and leave state_dict out: they put it together. Of a "
+            "model that FullyShardedDataParallel wraps, pass what get_model_state_dict(model, options="
+            "StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict returns.",
         )
     if tensor.layout is not torch.strided:
         raise ArgumentError(
@@ -115,7 +122,7 @@ def unknown_aliases(model: Any, weights: Mapping[str, torch.Tensor]) -> dict[str
     first: dict[Any, str] = {}
     aliases: dict[str, str] = {}
     for key, tensor in weights.items():
-        if tensor.is_meta or not tensor.numel():
+        if tensor.is_meta or not tensor.numel() or is_shared(tensor):
             continue
         facts = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
         owner = first.setdefault(facts, key)

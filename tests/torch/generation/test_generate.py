@@ -435,7 +435,6 @@ LATER = {
     "prompt_lookup_num_tokens": 3,
     "assistant_early_exit": 1,
     "token_healing": True,
-    "watermarking_config": {"bias": 2.0},
     "cache_config": {"nbits": 4},
     "return_legacy_cache": True,
     "is_assistant": True,

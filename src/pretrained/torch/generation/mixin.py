@@ -126,6 +126,7 @@ class GenerationMixin:
             prepared,
             user=logits_processor,
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            vocab_size=getattr(self.config, "vocab_size", None),  # type: ignore[attr-defined]
         )
         criteria = build_criteria(config, lengths, tokenizer=tokenizer, user=stopping_criteria)
         behind = _may_look_behind(prepared, criteria, streamer)

@@ -63,3 +63,74 @@ class GenerateEncoderDecoderOutput(ModelOutput):
     cross_attentions: LayerSteps | None = None
     decoder_hidden_states: LayerSteps | None = None
     past_key_values: Any = None
+
+
+@dataclass
+class GenerateBeamDecoderOnlyOutput(ModelOutput):
+    """What beam search over a decoder generated. Beams are rows: batch * num_beams.
+
+    Attributes:
+        sequences: [rows, length] token ids, prompt included.
+        sequences_scores: [rows] sum of the log-probabilities of each sequence, over its length to the power
+            of the length penalty.
+        scores: For each new token, [beams, vocab] log-probabilities of the beams after all rules.
+        logits: For each new token, [beams, vocab] scores of the model.
+        beam_indices: [rows, new] which beam each token was chosen in; negative after a row's end.
+        attentions: For each new token and layer, [beams, heads, new, seen].
+        hidden_states: For each new token and layer (and the embeddings), [beams, new, hidden].
+        past_key_values: The cache.
+    """
+
+    sequences: torch.Tensor | None = None
+    sequences_scores: torch.Tensor | None = None
+    scores: Steps | None = None
+    logits: Steps | None = None
+    beam_indices: torch.Tensor | None = None
+    attentions: LayerSteps | None = None
+    hidden_states: LayerSteps | None = None
+    past_key_values: Any = None
+
+
+@dataclass
+class GenerateBeamEncoderDecoderOutput(ModelOutput):
+    """What beam search generated from an encoder's output. Beams are rows: batch * num_beams.
+
+    Attributes:
+        sequences: [rows, length] token ids, start token included.
+        sequences_scores: [rows] sum of the log-probabilities of each sequence, over its length to the power
+            of the length penalty.
+        scores: For each new token, [beams, vocab] log-probabilities of the beams after all rules.
+        logits: For each new token, [beams, vocab] scores of the model.
+        beam_indices: [rows, new] which beam each token was chosen in; negative after a row's end.
+        encoder_attentions: For each layer, [batch, heads, input, input].
+        encoder_hidden_states: For each layer (and the embeddings), [batch, input, hidden].
+        decoder_attentions: For each new token and layer, [beams, heads, new, seen].
+        cross_attentions: For each new token and layer, [beams, heads, new, input].
+        decoder_hidden_states: For each new token and layer (and the embeddings), [beams, new, hidden].
+        past_key_values: The cache.
+    """
+
+    sequences: torch.Tensor | None = None
+    sequences_scores: torch.Tensor | None = None
+    scores: Steps | None = None
+    logits: Steps | None = None
+    beam_indices: torch.Tensor | None = None
+    encoder_attentions: tuple[torch.Tensor, ...] | None = None
+    encoder_hidden_states: tuple[torch.Tensor, ...] | None = None
+    decoder_attentions: LayerSteps | None = None
+    cross_attentions: LayerSteps | None = None
+    decoder_hidden_states: LayerSteps | None = None
+    past_key_values: Any = None
+
+
+# Names of older scripts, one for each strategy.
+GreedySearchDecoderOnlyOutput = GenerateDecoderOnlyOutput
+SampleDecoderOnlyOutput = GenerateDecoderOnlyOutput
+ContrastiveSearchDecoderOnlyOutput = GenerateDecoderOnlyOutput
+GreedySearchEncoderDecoderOutput = GenerateEncoderDecoderOutput
+SampleEncoderDecoderOutput = GenerateEncoderDecoderOutput
+ContrastiveSearchEncoderDecoderOutput = GenerateEncoderDecoderOutput
+BeamSearchDecoderOnlyOutput = GenerateBeamDecoderOnlyOutput
+BeamSampleDecoderOnlyOutput = GenerateBeamDecoderOnlyOutput
+BeamSearchEncoderDecoderOutput = GenerateBeamEncoderDecoderOutput
+BeamSampleEncoderDecoderOutput = GenerateBeamEncoderDecoderOutput

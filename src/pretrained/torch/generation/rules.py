@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pretrained.core.generation_config import GenerationConfig
+from pretrained.core.watermarking import as_watermarking_config
 from pretrained.errors import GenerationError
 from pretrained.torch.generation import logits as rules
 from pretrained.torch.generation import warpers
@@ -36,6 +37,7 @@ def build_processors(
     *,
     user: Iterable[Rule] | None = None,
     prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], Any] | None = None,
+    vocab_size: int | None = None,
 ) -> LogitsProcessorList:
     """Return the rules on scores that a call asks for.
 
@@ -48,6 +50,7 @@ def build_processors(
         inputs: The prepared inputs.
         user: The user's own rules.
         prefix_allowed_tokens_fn: See `PrefixConstrainedLogitsProcessor`.
+        vocab_size: Of the model; watermarks need it.
 
     Raises:
         GenerationError: a rule lacks what it needs.
@@ -61,6 +64,10 @@ def build_processors(
     ordered = _merge(ordered, list(user or ()))
     if config.do_sample:
         ordered += sampling_filters(config)
+    if config.watermarking_config is not None:
+        # After all filters: green tokens are chosen among what they leave.
+        mark = as_watermarking_config(config.watermarking_config)
+        ordered.append(mark.construct_processor(vocab_size or 0, inputs.input_ids.device))
     if config.renormalize_logits:
         ordered.append(rules.LogitNormalization())
     return LogitsProcessorList(ordered)

@@ -123,6 +123,29 @@ class StopStringCriteria(StoppingCriteria):
         return any(text.find(stop, max(len(before) - len(stop) + 1, 0)) >= 0 for stop in self.stop_strings)
 
 
+class ConfidenceCriteria(StoppingCriteria):
+    """A row is finished when its last token was less likely than a threshold: a draft stops there.
+
+    Args:
+        assistant_confidence_threshold: Probability, from 0 to 1.
+    """
+
+    def __init__(self, assistant_confidence_threshold: float) -> None:
+        self.assistant_confidence_threshold = assistant_confidence_threshold
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Return [rows], True for rows whose last token was unlikely."""
+        if not scores:
+            raise GenerationError(
+                "ConfidenceCriteria looks at scores, and none are kept",
+                where="stopping_criteria",
+                mend="Pass return_dict_in_generate=True, output_scores=True.",
+            )
+        newest = scores[-1].float()
+        chosen = newest.gather(1, input_ids[:, -1:])[:, 0] - newest.logsumexp(-1)
+        return chosen.exp() < self.assistant_confidence_threshold
+
+
 class StoppingCriteriaList(list[Callable[..., torch.Tensor | bool]]):
     """Rules of which any finishes a row."""
 
