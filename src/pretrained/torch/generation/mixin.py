@@ -17,6 +17,7 @@ from pretrained.core.generation_config import GenerationConfig, GenerationMode
 from pretrained.errors import GenerationError, NotYetError
 from pretrained.torch.cache import Cache
 from pretrained.torch.generation import strategies
+from pretrained.torch.generation.compiled import compiled_decoder
 from pretrained.torch.generation.inputs import GenerationInputs, prepare_inputs
 from pretrained.torch.generation.loop import Decoder, HookedDecoder, Sequences, prepare_step
 from pretrained.torch.generation.recorder import Recorder
@@ -130,7 +131,7 @@ class GenerationMixin:
         )
         criteria = build_criteria(config, lengths, tokenizer=tokenizer, user=stopping_criteria)
         behind = _may_look_behind(prepared, criteria, streamer)
-        decoder = HookedDecoder if _is_hooked(self) else Decoder
+        decoder = _decoder_for(self, prepared, config)
         run = strategies.Run(
             model=self,
             config=config,
@@ -244,6 +245,19 @@ def _may_look_behind(inputs: GenerationInputs, criteria: StoppingCriteriaList, s
         and streamer is None
         and all(isinstance(rule, on_device) for rule in criteria)
     )
+
+
+def _decoder_for(model: Any, inputs: GenerationInputs, config: GenerationConfig) -> type[Decoder]:
+    compiled = compiled_decoder(model, inputs, config)
+    if _is_hooked(model):
+        if compiled is not None:
+            raise GenerationError(
+                f"{type(model).__name__} prepares its own inputs, which compiled steps do not do",
+                where="compile",
+                mend="Leave compile out.",
+            )
+        return HookedDecoder
+    return compiled or Decoder
 
 
 def _is_hooked(model: Any) -> bool:
