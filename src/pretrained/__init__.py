@@ -24,6 +24,7 @@ _NAMES = {
         "UnknownArgumentError",
         "WeightsError",
     ),
+    "pretrained.core.compiling": ("CompileConfig",),
     "pretrained.core.config": ("PreTrainedConfig", "PretrainedConfig"),
     "pretrained.core.generation_config": ("GenerationConfig", "GenerationMode"),
     "pretrained.core.watermarking": ("SynthIDTextWatermarkingConfig", "WatermarkingConfig"),
@@ -97,6 +98,10 @@ _NAMES = {
         "SequenceClassifierOutputWithPast",
         "TokenClassifierOutput",
     ),
+    "pretrained.core.batching_config": ("ContinuousBatchingConfig",),
+    "pretrained.torch.generation.batch_manager": ("ContinuousBatchingManager",),
+    "pretrained.torch.generation.batch_requests": ("GenerationOutput", "RequestStatus"),
+    "pretrained.torch.cache_paged": ("PagedCache",),
     "pretrained.torch.generation.mixin": ("GenerationMixin",),
     "pretrained.torch.generation.outputs": (
         "BeamSampleDecoderOnlyOutput",

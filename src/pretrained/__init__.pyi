@@ -30,6 +30,8 @@ from pretrained.auto import AutoModelForSequenceClassification as AutoModelForSe
 from pretrained.auto import AutoModelForTextEncoding as AutoModelForTextEncoding
 from pretrained.auto import AutoModelForTokenClassification as AutoModelForTokenClassification
 from pretrained.auto import AutoModelWithLMHead as AutoModelWithLMHead
+from pretrained.core.batching_config import ContinuousBatchingConfig as ContinuousBatchingConfig
+from pretrained.core.compiling import CompileConfig as CompileConfig
 from pretrained.core.config import PreTrainedConfig as PreTrainedConfig
 from pretrained.core.config import PretrainedConfig as PretrainedConfig
 from pretrained.core.generation_config import GenerationConfig as GenerationConfig
@@ -68,11 +70,15 @@ from pretrained.torch.cache import DynamicSlidingLayer as DynamicSlidingLayer
 from pretrained.torch.cache import EncoderDecoderCache as EncoderDecoderCache
 from pretrained.torch.cache import StaticCache as StaticCache
 from pretrained.torch.cache import StaticLayer as StaticLayer
+from pretrained.torch.cache_paged import PagedCache as PagedCache
 from pretrained.torch.device_maps import compute_module_sizes as compute_module_sizes
 from pretrained.torch.device_maps import get_balanced_memory as get_balanced_memory
 from pretrained.torch.device_maps import get_max_memory as get_max_memory
 from pretrained.torch.device_maps import infer_auto_device_map as infer_auto_device_map
 from pretrained.torch.embeddings_mixin import EmbeddingAccessMixin as EmbeddingAccessMixin
+from pretrained.torch.generation.batch_manager import ContinuousBatchingManager as ContinuousBatchingManager
+from pretrained.torch.generation.batch_requests import GenerationOutput as GenerationOutput
+from pretrained.torch.generation.batch_requests import RequestStatus as RequestStatus
 from pretrained.torch.generation.logits import EncoderNoRepeatNGramLogitsProcessor as EncoderNoRepeatNGramLogitsProcessor
 from pretrained.torch.generation.logits import EncoderRepetitionPenaltyLogitsProcessor as EncoderRepetitionPenaltyLogitsProcessor
 from pretrained.torch.generation.logits import ExponentialDecayLengthPenalty as ExponentialDecayLengthPenalty

@@ -56,6 +56,9 @@ GROUPS = {
     "bases and mixins that the ecosystem documents, to subclass and to test with isinstance": words("""
         PreTrainedModel ModuleUtilsMixin EmbeddingAccessMixin GenerationMixin PushToHubMixin
         """),
+    "many requests at once: settings, the manager, what it hands out, and its cache": words("""
+        ContinuousBatchingConfig ContinuousBatchingManager GenerationOutput RequestStatus PagedCache
+        """),
     "attention implementations of one's own": ["AttentionInterface"],
     "adapters look for GPT-2's layer by its class": ["Conv1D"],
     "Llama family": [
@@ -83,7 +86,7 @@ GROUPS = {
         Seq2SeqQuestionAnsweringModelOutput Seq2SeqSequenceClassifierOutput SequenceClassifierOutput
         SequenceClassifierOutputWithPast TokenClassifierOutput
         """),
-    "settings of generate": ["GenerationConfig", "GenerationMode"],
+    "settings of generate": ["GenerationConfig", "GenerationMode", "CompileConfig"],
     "placing any module, under the names of accelerate": words("""
         init_empty_weights infer_auto_device_map compute_module_sizes get_max_memory get_balanced_memory
         load_checkpoint_in_model load_checkpoint_and_dispatch dispatch_model cpu_offload disk_offload

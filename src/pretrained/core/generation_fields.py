@@ -97,6 +97,10 @@ def _decay(value: Any) -> str | None:
     return None if right else "(start, factor): new tokens before it sets in, and a factor above 0"
 
 
+def _settings(value: Any) -> str | None:
+    return None if isinstance(value, Mapping) else "a ContinuousBatchingConfig, or a dict of its settings"
+
+
 def _anything(value: Any) -> str | None:
     return None
 
@@ -146,8 +150,8 @@ FIELDS: Mapping[str, Field] = {
     "guidance_scale": Field(None, _positive, "strategy", later=True),
     "use_mtp": Field(None, _flag, "strategy", later=True),
     "speculation_type": Field(None, _anything, "strategy", later=True),
-    "prompt_lookup_num_tokens": Field(None, _integer(1), "strategy", later=True),
-    "assistant_early_exit": Field(None, _integer(1), "strategy", later=True),
+    "prompt_lookup_num_tokens": Field(None, _integer(1), "strategy"),
+    "assistant_early_exit": Field(None, _integer(1), "strategy"),
     "token_healing": Field(False, _flag, "strategy", later=True),
     "watermarking_config": Field(None, wrong_watermark, "strategy"),
     "low_memory": Field(None, _flag, "strategy"),
@@ -197,7 +201,7 @@ FIELDS: Mapping[str, Field] = {
     "eos_token_id": Field(None, _tokens, "tokens"),
     "decoder_start_token_id": Field(None, _tokens, "tokens"),
     # drafting for speculative decoding
-    "is_assistant": Field(False, _flag, "assistant", later=True),
+    "is_assistant": Field(False, _flag, "assistant"),
     "num_assistant_tokens": Field(20, _integer(1), "assistant"),
     "num_assistant_tokens_schedule": Field(
         "constant", _one_of("constant", "heuristic", "heuristic_transient"), "assistant"
@@ -215,7 +219,7 @@ FIELDS: Mapping[str, Field] = {
     "compile": Field(False, _flag, "runtime"),
     "compile_config": Field(None, wrong_compile_config, "runtime"),
     "disable_compile": Field(False, _flag, "runtime"),
-    "continuous_batching_config": Field(None, _anything, "runtime", later=True),
+    "continuous_batching_config": Field(None, _settings, "runtime"),
 }
 
 METADATA = ("_from_model_config", "_commit_hash", "transformers_version")
@@ -244,6 +248,9 @@ def normalise(value: Any) -> Any:
         return value
     if isinstance(value, tuple | list | set | frozenset):
         return [normalise(item) for item in value]
+    if callable(getattr(value, "to_dict", None)):
+        # A config within the config: kept as files have it.
+        return value.to_dict()
     try:
         return operator.index(value)
     except (TypeError, RuntimeError):

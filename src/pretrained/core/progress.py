@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pretrained.core.options import Progress
@@ -39,3 +39,23 @@ def reporting(progress: Progress | bool | None, total: int, stage: str) -> Itera
 
     with tqdm(total=total, desc=stage, unit="B", unit_scale=True, leave=False) as bar:
         yield lambda done, _total, _stage: bar.update(done - bar.n)
+
+
+@contextmanager
+def counting(total: int | None, unit: str, *, shown: bool, start: int = 0) -> Iterator[Callable[[], object]]:
+    """Yield a function to call for each thing that is done.
+
+    Args:
+        total: How many there are in all; None where that is not known.
+        unit: What they are.
+        shown: Whether to show a bar on standard error.
+        start: How many are done already.
+    """
+    if not shown:
+        yield lambda: None
+        return
+    # Imported here: as above.
+    from tqdm import tqdm  # noqa: PLC0415
+
+    with tqdm(total=total, unit=unit, initial=start) as bar:
+        yield bar.update

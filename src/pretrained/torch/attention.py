@@ -10,6 +10,7 @@ training. It returns ``(output [batch, q, heads, head_dim], weights [batch, head
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -23,6 +24,21 @@ from pretrained.errors import ArgumentError, MissingDependencyError, did_you_mea
 from pretrained.torch.masks import additive
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+
+class OwnAttention(ABC):
+    """What a cache hands back in place of keys and values where only it knows how to attend to them."""
+
+    @abstractmethod
+    def attend(self, module: Any, config: Any, query: torch.Tensor, *, scaling: float) -> torch.Tensor:
+        """Return what the queries see, [batch, q, heads, head_dim].
+
+        Args:
+            module: The calling layer.
+            config: The model's config.
+            query: [batch, heads, q, head_dim].
+            scaling: Factor on the scores.
+        """
 
 
 def eager_attention(
@@ -222,8 +238,8 @@ def attend(
     module: nn.Module,
     config: PreTrainedConfig,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: torch.Tensor | OwnAttention,
+    value: torch.Tensor | OwnAttention,
     attention_mask: torch.Tensor | None,
     *,
     scaling: float,
@@ -238,8 +254,8 @@ def attend(
         module: The calling layer; its `training` decides about dropout.
         config: Names the implementation, None meaning ``"sdpa"``.
         query: [batch, heads, q, head_dim].
-        key: [batch, kv_heads, k, head_dim].
-        value: [batch, kv_heads, k, head_dim].
+        key: [batch, kv_heads, k, head_dim], or what a cache handed back in place of it.
+        value: [batch, kv_heads, k, head_dim], or the same.
         attention_mask: Boolean or additive mask, or None.
         scaling: Factor on the scores.
         dropout: Probability of dropping a weight while training.
@@ -248,6 +264,8 @@ def attend(
             them; a registered function is asked for its own.
         **kwargs: Passed on, for example `sliding_window`.
     """
+    if isinstance(key, OwnAttention):
+        return key.attend(module, config, query, scaling=scaling), None
     name = config.attn_implementation or "sdpa"
     if output_attentions and name in _WITHOUT_WEIGHTS:
         name = "eager"

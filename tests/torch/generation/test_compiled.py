@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+import torch._inductor.config
 from torch._dynamo.utils import counters
 
 from pretrained.core.quantization import QuantizationConfig
@@ -67,6 +68,7 @@ def test_tokens_are_those_of_plain_steps(cls, config):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_compiled_code_gives_the_tokens_of_plain_steps():
     model = build()
     want = model.generate(prompt(), max_new_tokens=12)
@@ -199,10 +201,10 @@ def test_a_model_that_prepares_its_own_inputs_is_refused():
         build(Own).generate(prompt(), max_new_tokens=4, **TRACED)
 
 
-def test_without_a_compiler_the_mend_is_named(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+def test_without_a_compiler_the_mend_is_named():
     model = build()
-    with pytest.raises(MissingDependencyError, match=r"C\+\+ compiler(?s:.*)g\+\+"):
+    absent = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with absent, pytest.raises(MissingDependencyError, match=r"C\+\+ compiler(?s:.*)g\+\+"):
         model.generate(prompt(), max_new_tokens=4, compile=True)
     # Other backends need none.
     model.generate(prompt(), max_new_tokens=4, **TRACED)

@@ -432,13 +432,9 @@ LATER = {
     "constraints": [1],
     "force_words_ids": [[1]],
     "guidance_scale": 2.0,
-    "prompt_lookup_num_tokens": 3,
-    "assistant_early_exit": 1,
     "token_healing": True,
     "cache_config": {"nbits": 4},
     "return_legacy_cache": True,
-    "is_assistant": True,
-    "num_assistant_tokens": 5,
     "compile_config": {"mode": "x"},
     "cache_implementation": "quantized",
     "use_mtp": True,
@@ -452,16 +448,15 @@ def test_what_is_not_built_yet_is_refused_by_name(toy, name, value):
     ):
         toy.generate(PROMPT, **{name: value})
     toy.generation_config.update(**{name: value})
-    if name != "num_assistant_tokens":
-        with pytest.raises(NotYetError, match=name):
-            toy.generate(PROMPT)
+    with pytest.raises(NotYetError, match=name):
+        toy.generate(PROMPT)
     assert toy.calls == []
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "assistant_model", "assistant_tokenizer", "synced_gpus", "negative_prompt_ids",
+        "synced_gpus", "negative_prompt_ids",
         "negative_prompt_attention_mask", "custom_generate",
     ],
 )  # fmt: skip

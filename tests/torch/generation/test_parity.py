@@ -12,6 +12,7 @@ from pretrained.errors import GenerationError
 from pretrained.torch.cache import DynamicCache, StaticCache
 from pretrained.torch.generation import mixin
 from pretrained.torch.generation.logits import LogitsProcessor
+from pretrained.torch.generation.stopping import MaxLengthCriteria
 from pretrained.torch.models.llama import LlamaForCausalLM
 from pretrained.torch.models.mistral import MistralForCausalLM
 from pretrained.torch.models.t5 import T5ForConditionalGeneration
@@ -376,6 +377,28 @@ def test_users_rules_and_criteria(llama):
     )
     assert torch.equal(found.sequences, expected.sequences)
     assert all(logits.isfinite().all() for logits in found.logits)
+
+
+@pytest.mark.parametrize("new", [3, 40])
+def test_a_users_length_counts_whether_shorter_or_longer(llama, new, caplog):
+    ids, mask = left_padded()
+    settings = {"attention_mask": mask, "max_new_tokens": 10, "eos_token_id": None}
+    expected = llama[1].generate(ids, stopping_criteria=[transformers.MaxLengthCriteria(8 + new)], **settings)
+    for more in ({}, {"cache_implementation": "static"}, {"use_cache": False}):
+        rule = MaxLengthCriteria(8 + new)
+        found = llama[0].generate(ids, stopping_criteria=[rule], **settings, **more)
+        assert torch.equal(found, expected) and found.shape[1] == 8 + new
+    assert "Your MaxLengthCriteria takes the place" in caplog.text
+
+
+def test_rules_and_criteria_of_transformers_can_be_passed(llama):
+    rules = [transformers.RepetitionPenaltyLogitsProcessor(1.3), transformers.TemperatureLogitsWarper(0.5)]
+    criteria = [transformers.EosTokenCriteria(30), transformers.MaxTimeCriteria(60.0)]
+    lists = {
+        "logits_processor": transformers.LogitsProcessorList(rules),
+        "stopping_criteria": transformers.StoppingCriteriaList(criteria),
+    }
+    same(llama, prompt(), max_new_tokens=20, **lists)
 
 
 def test_config_objects_and_their_precedence(llama):

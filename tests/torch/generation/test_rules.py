@@ -15,85 +15,7 @@ from pretrained.torch.generation import logits, warpers
 from pretrained.torch.generation.inputs import GenerationInputs
 from pretrained.torch.generation.rules import build_criteria, build_processors
 from pretrained.torch.generation.settings import Lengths
-
-VOCAB, ROWS, LENGTH = 23, 4, 9
-INF = math.inf
-
-
-def make(seed=0, rows=ROWS, length=LENGTH):
-    gen = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, 7, (rows, length), generator=gen)
-    scores = torch.randn(rows, VOCAB, generator=gen) * 3
-    scores[0, 5] = -INF
-    return ids, scores
-
-
-SOURCE = torch.randint(0, 7, (2, 12), generator=torch.Generator().manual_seed(5))
-BIAS = {(3,): -1.5, (2,): 4.0, (1, 4): 2.0, (6, 0): -INF, (1, 2, 3, 4): 9.0}
-
-# Class in both libraries, its arguments, the slow version, its arguments.
-CASES = [
-    ("MinLengthLogitsProcessor", (10, [2, 4]), reference.min_length, (10, [2, 4])),
-    ("MinLengthLogitsProcessor", (9, 2), reference.min_length, (9, [2])),
-    ("MinNewTokensLengthLogitsProcessor", (7, 3, 2), reference.min_length, (10, [2])),
-    ("RepetitionPenaltyLogitsProcessor", (1.7,), reference.repetition, (1.7,)),
-    ("RepetitionPenaltyLogitsProcessor", (0.6, 4), reference.repetition, (0.6, 4)),
-    (
-        "RepetitionPenaltyLogitsProcessor",
-        (1.7, torch.tensor([0, 3, 5, 8])),
-        reference.repetition,
-        (1.7, [0, 3, 5, 8]),
-    ),
-    ("EncoderRepetitionPenaltyLogitsProcessor", (1.4, SOURCE), lambda i, s: encoder_repetition(s, 1.4), ()),
-    ("NoRepeatNGramLogitsProcessor", (1,), reference.no_repeated_ngram, (1,)),
-    ("NoRepeatNGramLogitsProcessor", (2,), reference.no_repeated_ngram, (2,)),
-    ("NoRepeatNGramLogitsProcessor", (3,), reference.no_repeated_ngram, (3,)),
-    ("NoRepeatNGramLogitsProcessor", (30,), reference.no_repeated_ngram, (30,)),
-    (
-        "EncoderNoRepeatNGramLogitsProcessor",
-        (2, SOURCE),
-        reference.no_repeated_ngram,
-        (2, SOURCE.numpy()),
-    ),
-    ("SequenceBiasLogitsProcessor", (BIAS,), reference.biased_sequences, (BIAS,)),
-    (
-        "NoBadWordsLogitsProcessor",
-        ([[3], [1, 4], [6, 0], [2]], 2),
-        reference.biased_sequences,
-        ({(3,): -INF, (1, 4): -INF, (6, 0): -INF},),
-    ),
-    ("ForcedEOSTokenLogitsProcessor", (10, [2, 3]), reference.forced_last, (10, [2, 3])),
-    ("ForcedEOSTokenLogitsProcessor", (12, 2), reference.forced_last, (12, [2])),
-    ("ForcedBOSTokenLogitsProcessor", (2,), reference.forced_first, (2,)),
-    (
-        "ExponentialDecayLengthPenalty",
-        ((2, 1.3), [2, 5], 4),
-        reference.decaying_length,
-        (2, 1.3, [2, 5], 4),
-    ),
-    ("ExponentialDecayLengthPenalty", ((9, 1.3), 2, 4), reference.decaying_length, (9, 1.3, [2], 4)),
-    ("LogitNormalization", (), reference.log_normalised, ()),
-    ("SuppressTokensLogitsProcessor", ([1, 4],), lambda i, s: reference.without(s, [1, 4]), ()),
-    ("SuppressTokensAtBeginLogitsProcessor", ([1, 4], 9), reference.suppressed_at_begin, ([1, 4], 9)),
-    ("SuppressTokensAtBeginLogitsProcessor", ([1, 4], 8), reference.suppressed_at_begin, ([1, 4], 8)),
-    ("TemperatureLogitsWarper", (0.7,), lambda i, s: s / 0.7, ()),
-    ("TopKLogitsWarper", (5,), reference.top_k, (5,)),
-    ("TopKLogitsWarper", (99,), reference.top_k, (VOCAB,)),
-    ("TopPLogitsWarper", (0.8,), reference.top_p, (0.8,)),
-    ("TopPLogitsWarper", (0.01, -INF, 3), reference.top_p, (0.01, 3)),
-    ("TopHLogitsWarper", (0.4,), reference.top_h, (0.4,)),
-    ("MinPLogitsWarper", (0.1,), reference.min_p, (0.1,)),
-    ("MinPLogitsWarper", (0.99, -INF, 4), reference.min_p, (0.99, 4)),
-    ("TypicalLogitsWarper", (0.6,), reference.typical, (0.6,)),
-    ("TypicalLogitsWarper", (0.2, -INF, 5), reference.typical, (0.2, 5)),
-    ("EpsilonLogitsWarper", (0.05,), reference.epsilon, (0.05,)),
-    ("EpsilonLogitsWarper", (0.9, -INF, 3), reference.epsilon, (0.9, 3)),
-    ("EtaLogitsWarper", (0.3,), reference.eta, (0.3,)),
-]
-
-
-def encoder_repetition(scores, penalty):
-    return reference.repetition(SOURCE.numpy().repeat(2, 0), scores, 1 / penalty)
+from support.rules import BIAS, CASES, EVERYTHING, INF, SOURCE, VOCAB, make
 
 
 class Ours:
@@ -213,41 +135,16 @@ def test_a_list_passes_extra_arguments_to_rules_that_take_them():
 
 # -- from a config to its rules ------------------------------------------------------------------
 
-EVERYTHING = {
-    "sequence_bias": [[[3], -1.0]],
-    "encoder_repetition_penalty": 1.2,
-    "repetition_penalty": 1.3,
-    "no_repeat_ngram_size": 2,
-    "encoder_no_repeat_ngram_size": 3,
-    "bad_words_ids": [[4]],
-    "min_length": 5,
-    "forced_bos_token_id": 1,
-    "forced_eos_token_id": 2,
-    "remove_invalid_values": True,
-    "exponential_decay_length_penalty": [2, 1.1],
-    "suppress_tokens": [6],
-    "begin_suppress_tokens": [7],
-    "do_sample": True,
-    "temperature": 0.7,
-    "top_h": 0.9,
-    "top_k": 10,
-    "top_p": 0.9,
-    "min_p": 0.05,
-    "typical_p": 0.9,
-    "epsilon_cutoff": 0.01,
-    "eta_cutoff": 0.01,
-    "renormalize_logits": True,
-    "eos_token_id": 2,
-}
 ORDER = [
     "SequenceBiasLogitsProcessor", "EncoderRepetitionPenaltyLogitsProcessor",
     "RepetitionPenaltyLogitsProcessor",
     "NoRepeatNGramLogitsProcessor", "EncoderNoRepeatNGramLogitsProcessor", "NoBadWordsLogitsProcessor",
-    "MinLengthLogitsProcessor", "PrefixConstrainedLogitsProcessor", "ForcedBOSTokenLogitsProcessor",
+    "MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor", "PrefixConstrainedLogitsProcessor",
+    "ForcedBOSTokenLogitsProcessor",
     "ForcedEOSTokenLogitsProcessor", "InfNanRemoveLogitsProcessor", "ExponentialDecayLengthPenalty",
     "SuppressTokensLogitsProcessor", "SuppressTokensAtBeginLogitsProcessor", "Own", "TemperatureLogitsWarper",
     "TopHLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
-    "EpsilonLogitsWarper", "EtaLogitsWarper", "LogitNormalization",
+    "EpsilonLogitsWarper", "EtaLogitsWarper", "WatermarkLogitsProcessor", "LogitNormalization",
 ]  # fmt: skip
 
 
@@ -264,7 +161,12 @@ def test_order_of_all_rules():
     inputs = GenerationInputs(SOURCE, encoder_input_ids=SOURCE)
     config = GenerationConfig(**EVERYTHING)
     rules = build_processors(
-        config, Lengths(30, 18, 5, 0), inputs, user=[Own()], prefix_allowed_tokens_fn=allowed
+        config,
+        Lengths(30, 18, 5, 2),
+        inputs,
+        user=[Own()],
+        prefix_allowed_tokens_fn=allowed,
+        vocab_size=VOCAB,
     )
     assert names(rules) == ORDER
 
@@ -287,3 +189,43 @@ def test_rules_that_lack_what_they_need_say_so():
         build_processors(GenerationConfig(exponential_decay_length_penalty=(1, 1.1)), lengths, inputs)
     with pytest.raises(GenerationError, match=r"stop_strings are looked for in text.*Pass tokenizer="):
         build_criteria(GenerationConfig(stop_strings="x"), lengths)
+
+
+# -- filters that sort only part of a large vocabulary ---------------------------------------------
+
+
+def large(kind, rows=3, vocab=5000):
+    gen = torch.Generator().manual_seed(2)
+    scores = torch.randn(rows, vocab, generator=gen) * {"flat": 0.3, "plain": 3.0, "peaked": 8.0}.get(
+        kind, 3.0
+    )
+    if kind == "few left":
+        scores[scores < scores.topk(50).values[:, -1:]] = -INF
+    if kind == "one row flat":
+        scores[1] *= 0.05
+    return torch.zeros(rows, 4, dtype=torch.int64), scores
+
+
+@pytest.mark.parametrize("kind", ["flat", "plain", "peaked", "few left", "one row flat"])
+@pytest.mark.parametrize("keep", [1, 3, 3000])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("name", ["TopPLogitsWarper", "TypicalLogitsWarper"])
+def test_filters_on_a_large_vocabulary(name, share, keep, kind):
+    ids, scores = large(kind)
+    found = getattr(warpers, name)(share, -INF, keep)(ids, scores)
+    expected = getattr(oracle, name)(share, -INF, keep)(ids, scores)
+    if kind == "few left" and keep == 3000:
+        # Which of the impossible tokens stay is of no account.
+        return
+    # Sums of thousands of float32 numbers leave the last token of such a share open.
+    assert (found != expected).sum(-1).max() <= (1 if share > 0.99 else 0)
+
+
+def test_filters_look_at_part_of_a_large_vocabulary_where_they_may():
+    probs = large("peaked")[1].softmax(-1)
+    assert 1 < warpers._count_likely(probs, 0.1, 1) < 1000
+    assert warpers._count_likely(probs, 0.1, 1200) == 1200
+    flat = large("flat")[1].softmax(-1)
+    assert warpers._count_likely(flat, 0.1, 1) is None
+    assert warpers._count_likely(probs[:, :100], 0.1, 1) is None
+    assert warpers._count_likely(probs.to("meta"), 0.1, 1) is None

@@ -163,13 +163,17 @@ def capture(run: Callable[[], None]) -> Callable[[], None]:
     return graph.replay  # type: ignore[no-any-return]
 
 
-def compiled_decoder(model: Any, inputs: GenerationInputs, config: GenerationConfig) -> type[Decoder] | None:
+def compiled_decoder(
+    model: Any, inputs: GenerationInputs, config: GenerationConfig, mode: GenerationMode, *, is_hooked: bool
+) -> type[Decoder] | None:
     """Return the decoder that a config's compiling asks for; None where it asks for none.
 
     Args:
         model: The model that generates.
         inputs: What it starts from.
         config: The settled config.
+        mode: The strategy.
+        is_hooked: Whether the model prepares its own inputs.
 
     Raises:
         GenerationError: something of the call does not go with a compiled step.
@@ -178,8 +182,14 @@ def compiled_decoder(model: Any, inputs: GenerationInputs, config: GenerationCon
     """
     if not wants_compile(config):
         return None
-    _check_call(config, inputs.cache)
+    _check_call(config, inputs.cache, mode)
     _check_model(model)
+    if is_hooked:
+        raise GenerationError(
+            f"{type(model).__name__} prepares its own inputs, which compiled steps do not do",
+            where="compile",
+            mend="Leave compile out.",
+        )
     device = inputs.input_ids.device
     if device.type == "cuda":
         return CapturedDecoder
@@ -187,8 +197,7 @@ def compiled_decoder(model: Any, inputs: GenerationInputs, config: GenerationCon
     return CompiledDecoder
 
 
-def _check_call(config: GenerationConfig, cache: Cache | None) -> None:
-    mode = config.get_generation_mode()
+def _check_call(config: GenerationConfig, cache: Cache | None, mode: GenerationMode) -> None:
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise NotYetError(
             f"{mode.value} has no compiled steps so far", where="compile", mend="Leave compile out."

@@ -17,7 +17,7 @@ from pretrained.core.generation_config import GenerationConfig
 from pretrained.errors import GenerationError
 from pretrained.torch.cache import Cache, EncoderDecoderCache
 from pretrained.torch.generation.checks import check_batch, check_embeds, check_ids, check_mask, vocabulary
-from pretrained.torch.generation.settings import parameters
+from pretrained.torch.generation.settings import Lengths, parameters, settle_lengths
 from pretrained.torch.outputs import BaseModelOutput
 
 logger = logging.getLogger("pretrained.generation")
@@ -102,6 +102,33 @@ def prepare_inputs(
         given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     prepare = _prepare_encoder_decoder if model.config.is_encoder_decoder else _prepare_decoder
     return _expand(prepare(model, config, given), config.num_return_sequences)
+
+
+def lengths_of(
+    model: Any, config: GenerationConfig, by_user: frozenset[str], inputs: GenerationInputs
+) -> Lengths:
+    """Settle how long the sequences of prepared inputs may become.
+
+    Args:
+        model: The model that will generate.
+        config: The settled config.
+        by_user: Fields that the user set.
+        inputs: The prepared inputs.
+
+    Raises:
+        GenerationError: as `settle_lengths`.
+    """
+    # Rotary and relative positions have no end; learned ones do.
+    rotary = any(getattr(model.config, name, None) is not None for name in ("rope_parameters", "rope_theta"))
+    return settle_lengths(
+        config,
+        by_user,
+        ids_length=inputs.input_ids.shape[1],
+        embeds_length=inputs.embeds_length,
+        past_length=inputs.past_length,
+        positions=getattr(model.config, "max_position_embeddings", None),
+        absolute=not rotary,
+    )
 
 
 # -- decoders ------------------------------------------------------------------------------------

@@ -150,14 +150,13 @@ class RepetitionPenaltyLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores, penalised."""
         skip = self.prompt_ignore_length
-        if isinstance(skip, torch.Tensor):
-            # Ids of padding are sent past the vocabulary, where `_penalise` drops them.
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-            ignored = positions[None, :] < skip.to(input_ids.device)[:, None]
-            input_ids = input_ids.masked_fill(ignored, scores.shape[1])
-        elif skip:
+        if isinstance(skip, int):
             input_ids = input_ids[:, skip:]
-        return _penalise(input_ids, scores, self.penalty)
+        ids, counts = _in_vocabulary(input_ids, scores)
+        if isinstance(skip, torch.Tensor):
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+            counts &= positions >= skip.to(input_ids.device)[:, None]
+        return _penalise(ids, scores, self.penalty, counts)
 
 
 class EncoderRepetitionPenaltyLogitsProcessor(LogitsProcessor):
@@ -171,18 +170,34 @@ class EncoderRepetitionPenaltyLogitsProcessor(LogitsProcessor):
     def __init__(self, penalty: float, encoder_input_ids: torch.Tensor) -> None:
         self.penalty = 1 / _above_0("penalty", penalty)
         self.encoder_input_ids = encoder_input_ids
+        self._ready: tuple[tuple[int, ...], torch.Tensor, torch.Tensor | None] | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores, with the input's tokens lifted."""
-        return _penalise(_for_rows(self.encoder_input_ids, scores), scores, self.penalty)
+        if self._ready is None or self._ready[0] != scores.shape:
+            # The input stays the same, so it is looked over once.
+            ids, counts = _in_vocabulary(_for_rows(self.encoder_input_ids, scores), scores)
+            self._ready = (tuple(scores.shape), ids, None if bool(counts.all()) else counts)
+        return _penalise(self._ready[1], scores, self.penalty, self._ready[2])
 
 
-def _penalise(ids: torch.Tensor, scores: torch.Tensor, penalty: float) -> torch.Tensor:
-    # A spare column takes ids that the head has no score for (padding; embeddings larger than the head).
-    vocab = scores.shape[1]
-    seen = torch.zeros((scores.shape[0], vocab + 1), dtype=torch.bool, device=scores.device)
-    seen = seen.scatter_(1, ids.clamp(max=vocab), True)[:, :vocab]
-    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+def _in_vocabulary(ids: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids that can index the scores, and which of them are what they were."""
+    # Ids that the head has no score for: embeddings may be larger than heads.
+    return ids.clamp(max=scores.shape[1] - 1), ids < scores.shape[1]
+
+
+def _penalise(
+    ids: torch.Tensor, scores: torch.Tensor, penalty: float, counts: torch.Tensor | None
+) -> torch.Tensor:
+    """Penalise the tokens of `ids`, [rows, length], at positions that count, [rows, length]; None for all."""
+    old = scores.gather(1, ids)
+    new = torch.where(old < 0, old * penalty, old / penalty)
+    if counts is None:
+        return scores.scatter(1, ids, new)
+    # A token may stand at several positions: the penalised score is the lesser (a lifted one the greater).
+    new = torch.where(counts, new, old)
+    return scores.scatter_reduce(1, ids, new, "amin" if penalty >= 1 else "amax")
 
 
 class NoRepeatNGramLogitsProcessor(LogitsProcessor):
@@ -212,24 +227,54 @@ class EncoderNoRepeatNGramLogitsProcessor(LogitsProcessor):
         self.ngram_size = _count("encoder_ngram_size", encoder_ngram_size, 1)
         ids = encoder_input_ids
         self.encoder_input_ids = ids[None] if ids.dim() == 1 else ids
+        self._after: list[dict[tuple[int, ...], list[int]]] | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores, without tokens that would complete an n-gram of the input."""
-        return _ban_ngrams(_for_rows(self.encoder_input_ids, scores), input_ids, scores, self.ngram_size)
+        if not scores.is_cpu:
+            # Reading ids back would make the host wait for the device.
+            return _ban_ngrams(_for_rows(self.encoder_input_ids, scores), input_ids, scores, self.ngram_size)
+        if self._after is None:
+            self._after = [
+                _followers(row, self.ngram_size, scores.shape[1]) for row in self.encoder_input_ids
+            ]
+        known = self.ngram_size - 1
+        if input_ids.shape[1] < known:
+            return scores
+        each = scores.shape[0] // len(self._after)
+        ends = input_ids[:, input_ids.shape[1] - known :].tolist()
+        bans = [self._after[row // each].get(tuple(end), ()) for row, end in enumerate(ends)]
+        if not any(bans):
+            return scores
+        scores = scores.clone()
+        for row, banned in enumerate(bans):
+            if banned:
+                scores[row, banned] = -math.inf
+        return scores
+
+
+def _followers(ids: torch.Tensor, size: int, vocab: int) -> dict[tuple[int, ...], list[int]]:
+    """Return which tokens below `vocab` follow each sequence of ``size - 1`` tokens."""
+    after: dict[tuple[int, ...], list[int]] = {}
+    for ngram in zip(*(ids.tolist()[at:] for at in range(size)), strict=False):
+        if ngram[-1] < vocab:
+            after.setdefault(ngram[:-1], []).append(ngram[-1])
+    return after
 
 
 def _ban_ngrams(source: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor, size: int) -> torch.Tensor:
     """Ban tokens with which the end of `ids` would become an n-gram of `source`."""
-    if source.shape[1] < size or ids.shape[1] < size - 1:
+    count, known = source.shape[1] - size + 1, size - 1
+    if count < 1 or ids.shape[1] < known:
         return scores
-    # All n-grams of the source at once: [rows, n-grams, size].
-    ngrams = source.unfold(1, size, 1)
-    beginning = ids[:, ids.shape[1] - (size - 1) :]
-    again = (ngrams[..., :-1] == beginning[:, None, :]).all(-1)
-    vocab = scores.shape[1]
-    last = ngrams[..., -1].clamp(max=vocab).masked_fill(~again, vocab)
-    banned = torch.zeros((scores.shape[0], vocab + 1), dtype=torch.bool, device=scores.device)
-    return scores.masked_fill(banned.scatter_(1, last, True)[:, :vocab], -math.inf)
+    last, vocab = source[:, known:], scores.shape[1]
+    # At which places of the source the end of the ids stands: [rows, n-grams].
+    again = last < vocab
+    for at in range(known):
+        again = again & (source[:, at : at + count] == ids[:, at - known, None])
+    # The least of a score and infinity is the score.
+    ban = torch.where(again, -math.inf, math.inf).to(scores.dtype)
+    return scores.scatter_reduce(1, last.clamp(max=vocab - 1), ban, "amin")
 
 
 class SequenceBiasLogitsProcessor(LogitsProcessor):
@@ -250,20 +295,25 @@ class SequenceBiasLogitsProcessor(LogitsProcessor):
                 expected="such as {(5, 6): -2.0}",
                 found=sequence_bias,
             )
-        self._ready: tuple[torch.device, int] | None = None
-        self._groups: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._ready: tuple[torch.device, torch.dtype, int] | None = None
+        # For each length: the tokens at each place but the last, the last ones, the biases.
+        self._groups: list[tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores with the biases that apply."""
-        if self._ready != (scores.device, scores.shape[1]):
+        if self._ready != (scores.device, scores.dtype, scores.shape[1]):
             self._prepare(scores)
+        if not self._groups:
+            return scores
+        scores = scores.clone()
         for beginnings, last, bias in self._groups:
-            size = beginnings.shape[1]
+            size = len(beginnings)
             if size > input_ids.shape[1]:
                 continue
-            end = input_ids[:, None, input_ids.shape[1] - size :]
-            applies = torch.where((end == beginnings).all(-1), bias, 0.0)
-            scores = scores.index_add(1, last, applies.to(scores.dtype))
+            applies = bias[None].expand(scores.shape[0], -1)
+            for at, tokens in enumerate(beginnings):
+                applies = torch.where(input_ids[:, at - size, None] == tokens, applies, 0.0)
+            scores.index_add_(1, last, applies)
         return scores
 
     def _prepare(self, scores: torch.Tensor) -> None:
@@ -282,15 +332,13 @@ class SequenceBiasLogitsProcessor(LogitsProcessor):
             by_length.setdefault(len(ids), []).append((ids, bias))
         self._groups = [
             (
-                torch.tensor([ids[:-1] for ids, _ in group], device=scores.device)
-                .reshape(len(group), -1)
-                .long(),
+                [torch.tensor([ids[at] for ids, _ in group], device=scores.device) for at in range(size - 1)],
                 torch.tensor([ids[-1] for ids, _ in group], device=scores.device),
-                torch.tensor([bias for _, bias in group], dtype=torch.float32, device=scores.device),
+                torch.tensor([bias for _, bias in group], dtype=scores.dtype, device=scores.device),
             )
-            for group in by_length.values()
+            for size, group in by_length.items()
         ]
-        self._ready = (scores.device, vocab)
+        self._ready = (scores.device, scores.dtype, vocab)
 
 
 class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor):

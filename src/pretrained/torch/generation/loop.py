@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoder's two moves, shared by every strategy: run the prompt, then run one token at a time.
+"""The decoder's moves, shared by every strategy: run the prompt, then one token at a time, or several.
 
 What is passed to the model is decided here once. A step does no more than put the new tokens, the next
 slice of the mask and the next positions where the model expects them.
@@ -7,13 +7,20 @@ slice of the mask and the next positions where the model expects them.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 
 from pretrained.core.generation_config import GenerationConfig
 from pretrained.errors import GenerationError
-from pretrained.torch.cache import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+from pretrained.torch.cache import (
+    Cache,
+    DynamicCache,
+    DynamicSlidingLayer,
+    EncoderDecoderCache,
+    StaticCache,
+)
 from pretrained.torch.generation.inputs import GenerationInputs
 from pretrained.torch.generation.settings import parameters
 
@@ -112,7 +119,7 @@ class Decoder:
         """
         self._seen += 1
         if self.cache is None:
-            return self._again(sequences)
+            return self._again(sequences.ids)
         arguments = dict(self._fixed)
         arguments[self._ids_name] = tokens[:, None]
         if self._mask is not None:
@@ -120,6 +127,33 @@ class Decoder:
         if self._positions is not None:
             self._positions = self._positions + 1
             arguments[self._positions_name] = self._positions
+        return self.model(**arguments)
+
+    def extend(self, tokens: torch.Tensor, ids: torch.Tensor) -> Any:
+        """Run several tokens of each row at once; return the model's output, with logits for each of them.
+
+        What turns out wrong of them is taken back with `take_back`.
+
+        Args:
+            tokens: [rows, new] tokens that follow those run so far.
+            ids: [rows, length] all tokens, these included.
+        """
+        new = tokens.shape[1]
+        self._seen += new
+        if self.cache is None:
+            return self._again(ids, keep=new)
+        keep_room(self.cache, new)
+        arguments = dict(self._fixed)
+        arguments[self._ids_name] = tokens
+        if "logits_to_keep" in arguments:
+            arguments["logits_to_keep"] = new
+        if self._mask is not None:
+            arguments[self._mask_name] = self._mask[:, : self._seen]
+        if self._positions is not None:
+            positions = self._positions + torch.arange(1, new + 1, device=self._positions.device)
+            arguments[self._positions_name], self._positions = positions, positions[..., -1:]
+        if self._token_types is not None:
+            arguments["token_type_ids"] = self._token_types[:, -1:].expand(-1, new)
         return self.model(**arguments)
 
     def reorder(self, rows: torch.Tensor) -> None:
@@ -133,13 +167,32 @@ class Decoder:
             self.cache.reorder_cache(rows)
 
     def take_back(self, tokens: int) -> None:
-        """Remove the newest tokens from the cache.
+        """Forget the newest tokens: remove them from the cache, and count on from before them.
 
         Args:
             tokens: How many.
         """
-        if self.cache is not None and tokens:
+        if not tokens:
+            return
+        self._seen -= tokens
+        if self._positions is not None:
+            self._positions = self._positions - tokens
+        if self.cache is not None:
             self.cache.crop(-tokens)
+
+    def fork(self, model: Any, cache: Cache | None) -> Decoder:
+        """Return a decoder that goes on from here with another model and cache; this one stays as it is.
+
+        Args:
+            model: Takes the same arguments.
+            cache: Holds the same tokens; None where this one has none.
+        """
+        other = copy.copy(self)
+        other.model, other.cache = model, cache
+        other._fixed = {name: value for name, value in self._fixed.items() if not name.startswith("output_")}
+        if cache is not None:
+            other._fixed["past_key_values"] = cache
+        return other
 
     def _forward(self, start: int, end: int) -> Any:
         """Run prompt positions `start` to `end`, counted from the first token that the cache knows."""
@@ -160,12 +213,14 @@ class Decoder:
             arguments["token_type_ids"] = self._token_types[:, first:last]
         return self.model(**arguments)
 
-    def _again(self, sequences: Sequences) -> Any:
-        """Run everything again, for want of a cache."""
+    def _again(self, ids: torch.Tensor, keep: int = 1) -> Any:
+        """Run everything again, for want of a cache; for the logits of the last tokens."""
         arguments = dict(self._fixed)
-        inputs, ids = self._inputs, sequences.ids
+        inputs = self._inputs
+        if "logits_to_keep" in arguments and keep > 1:
+            arguments["logits_to_keep"] = keep
         if inputs.inputs_embeds is not None:
-            new = self.model.get_input_embeddings()(ids[:, sequences.prompt_length :])
+            new = self.model.get_input_embeddings()(ids[:, inputs.input_ids.shape[1] :])
             arguments["inputs_embeds"] = torch.cat(
                 [inputs.inputs_embeds, new.to(inputs.inputs_embeds.dtype)], 1
             )
@@ -245,8 +300,23 @@ class HookedDecoder(Decoder):
         self._seen += 1
         return self._hooked(sequences.ids, 0 if self.cache is None else self._seen - 1)
 
-    def _hooked(self, ids: torch.Tensor, start: int) -> Any:
+    def extend(self, tokens: torch.Tensor, ids: torch.Tensor) -> Any:
+        """Run several tokens of each row at once, as the model prepares them.
+
+        Args:
+            tokens: [rows, new] tokens that follow those run so far.
+            ids: [rows, length] all tokens, these included.
+        """
+        new = tokens.shape[1]
+        if self.cache is not None:
+            keep_room(self.cache, new)
+        self._seen += new
+        return self._hooked(ids, 0 if self.cache is None else self._seen - new, keep=new)
+
+    def _hooked(self, ids: torch.Tensor, start: int, keep: int = 1) -> Any:
         arguments = {name: value for name, value in self._fixed.items() if name != "past_key_values"}
+        if "logits_to_keep" in arguments and keep > 1:
+            arguments["logits_to_keep"] = keep
         mask = None if self._mask is None else self._mask[:, : self._seen]
         if self.model.config.is_encoder_decoder:
             arguments["decoder_attention_mask"] = mask
@@ -329,6 +399,18 @@ def last_logits(output: Any) -> torch.Tensor:
     last = logits[:, -1].float()
     # Copied out of a whole prompt's logits, so that these are freed.
     return last.clone() if logits.shape[1] > 1 and logits.dtype == last.dtype else last
+
+
+def keep_room(cache: Cache, tokens: int) -> None:
+    """Let a cache's sliding layers keep what is needed to take new tokens back.
+
+    Args:
+        cache: The cache, before these tokens.
+        tokens: How many there will be.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, DynamicSlidingLayer):
+            layer.margin = max(layer.margin, tokens)
 
 
 def _embeds_length(inputs: GenerationInputs) -> int:

@@ -17,13 +17,16 @@ from pretrained.core.generation_config import GenerationConfig, GenerationMode
 from pretrained.errors import GenerationError, NotYetError
 from pretrained.torch.cache import Cache
 from pretrained.torch.generation import strategies
+from pretrained.torch.generation.batch_mixin import BatchGenerationMixin
 from pretrained.torch.generation.compiled import compiled_decoder
-from pretrained.torch.generation.inputs import GenerationInputs, prepare_inputs
+from pretrained.torch.generation.drafting import Drafting, build_candidates, check_drafting
+from pretrained.torch.generation.inputs import GenerationInputs, lengths_of, prepare_inputs
 from pretrained.torch.generation.loop import Decoder, HookedDecoder, Sequences, prepare_step
 from pretrained.torch.generation.recorder import Recorder
 from pretrained.torch.generation.rules import build_criteria, build_processors
 from pretrained.torch.generation.scores import transition_scores
-from pretrained.torch.generation.settings import RELEASE, Lengths, refuse_arguments, settle, settle_lengths
+from pretrained.torch.generation.settings import RELEASE, refuse_arguments, settle
+from pretrained.torch.generation.speculative import speculative
 from pretrained.torch.generation.stopping import (
     EosTokenCriteria,
     MaxLengthCriteria,
@@ -37,10 +40,11 @@ logger = logging.getLogger("pretrained.generation")
 _STRATEGIES: dict[GenerationMode, Callable[[strategies.Run], None]] = {
     GenerationMode.GREEDY_SEARCH: strategies.greedy,
     GenerationMode.SAMPLE: strategies.sample,
+    GenerationMode.ASSISTED_GENERATION: speculative,
 }
 
 
-class GenerationMixin:
+class GenerationMixin(BatchGenerationMixin):
     """Gives a model with a language-model head `generate`.
 
     The model brings `config`, `generation_config` and `forward`; an encoder-decoder `get_encoder` too.
@@ -83,15 +87,16 @@ class GenerationMixin:
             stopping_criteria: Rules for stopping, beside the config's.
             prefix_allowed_tokens_fn: ``f(row, ids) -> allowed ids``.
             synced_gpus: Not offered yet.
-            assistant_model: Not offered yet.
+            assistant_model: A smaller model that drafts tokens, which this one checks several at a time; the
+                text stays the same. Fields `num_assistant_tokens` and others say how.
             streamer: Is given the tokens as they come (`TextStreamer` and others).
             negative_prompt_ids: Not offered yet.
             negative_prompt_attention_mask: Not offered yet.
             use_model_defaults: False to leave out the model's own settings.
             custom_generate: Not offered yet.
             generator: Source of chance for sampling; None for torch's global one.
-            tokenizer: For `stop_strings`.
-            assistant_tokenizer: Not offered yet.
+            tokenizer: For `stop_strings`, and beside `assistant_tokenizer`.
+            assistant_tokenizer: Of an assistant with another vocabulary.
             trust_remote_code: Accepted for compatibility; nothing here runs code of a model folder.
             **kwargs: Fields of `GenerationConfig` (None switches one off) and inputs of the model
                 (`attention_mask`, `inputs_embeds`, `encoder_outputs`, `past_key_values`, ...).
@@ -108,19 +113,20 @@ class GenerationMixin:
         """
         refuse_arguments(
             custom_generate=custom_generate,
-            assistant_model=assistant_model,
-            assistant_tokenizer=assistant_tokenizer,
             synced_gpus=synced_gpus,
             negative_prompt_ids=negative_prompt_ids,
             negative_prompt_attention_mask=negative_prompt_attention_mask,
         )
         config, model_inputs, by_user = settle(self, generation_config, kwargs, use_model_defaults)
-        strategy = _STRATEGIES.get(config.get_generation_mode())
+        drafting = Drafting(assistant_model, tokenizer, assistant_tokenizer)
+        check_drafting(self, config, by_user, drafting, {"inputs": inputs, **model_inputs})
+        mode = config.get_generation_mode(assistant_model)
+        strategy = _STRATEGIES.get(mode)
         if strategy is None:
-            raise NotYetError(f"{config.get_generation_mode().value} cannot be run yet", mend=RELEASE)
+            raise NotYetError(f"{mode.value} cannot be run yet", mend=RELEASE)
         check_files(self)
         prepared = prepare_inputs(self, config, inputs, model_inputs)
-        lengths = _lengths(self, config, by_user, prepared)
+        lengths = lengths_of(self, config, by_user, prepared)
         processors = build_processors(
             config,
             lengths,
@@ -130,8 +136,11 @@ class GenerationMixin:
             vocab_size=getattr(self.config, "vocab_size", None),  # type: ignore[attr-defined]
         )
         criteria = build_criteria(config, lengths, tokenizer=tokenizer, user=stopping_criteria)
+        lengths = lengths.reaching(criteria.max_length)
         behind = _may_look_behind(prepared, criteria, streamer)
-        decoder = _decoder_for(self, prepared, config)
+        plain = _decoder_of(self)
+        compiled = compiled_decoder(self, prepared, config, mode, is_hooked=plain is HookedDecoder)
+        decoder = compiled or plain
         run = strategies.Run(
             model=self,
             config=config,
@@ -147,6 +156,8 @@ class GenerationMixin:
             generator=generator,
             behind=behind,
         )
+        if mode is GenerationMode.ASSISTED_GENERATION:
+            run.candidates = build_candidates(run, drafting, prepared, _decoder_of)
         _stream(strategy, run)
         sequences = run.sequences.ids.contiguous()
         if not config.return_dict_in_generate:
@@ -210,22 +221,6 @@ class GenerationMixin:
         raise NotYetError("Token healing cannot be done yet", where="heal_tokens", mend=RELEASE)
 
 
-def _lengths(
-    model: Any, config: GenerationConfig, by_user: frozenset[str], inputs: GenerationInputs
-) -> Lengths:
-    # Rotary and relative positions have no end; learned ones do.
-    rotary = any(getattr(model.config, name, None) is not None for name in ("rope_parameters", "rope_theta"))
-    return settle_lengths(
-        config,
-        by_user,
-        ids_length=inputs.input_ids.shape[1],
-        embeds_length=inputs.embeds_length,
-        past_length=inputs.past_length,
-        positions=getattr(model.config, "max_position_embeddings", None),
-        absolute=not rotary,
-    )
-
-
 def _padding(config: GenerationConfig) -> int | None:
     """Return what finished rows are filled with."""
     pad: int | None = config.pad_token_id
@@ -247,22 +242,10 @@ def _may_look_behind(inputs: GenerationInputs, criteria: StoppingCriteriaList, s
     )
 
 
-def _decoder_for(model: Any, inputs: GenerationInputs, config: GenerationConfig) -> type[Decoder]:
-    compiled = compiled_decoder(model, inputs, config)
-    if _is_hooked(model):
-        if compiled is not None:
-            raise GenerationError(
-                f"{type(model).__name__} prepares its own inputs, which compiled steps do not do",
-                where="compile",
-                mend="Leave compile out.",
-            )
-        return HookedDecoder
-    return compiled or Decoder
-
-
-def _is_hooked(model: Any) -> bool:
+def _decoder_of(model: Any) -> type[Decoder]:
     hook = getattr(model.prepare_inputs_for_generation, "__func__", None)
-    return hook is not GenerationMixin.prepare_inputs_for_generation
+    is_hooked = hook is not GenerationMixin.prepare_inputs_for_generation
+    return HookedDecoder if is_hooked else Decoder
 
 
 def _stream(strategy: Callable[[strategies.Run], None], run: strategies.Run) -> None:

@@ -79,11 +79,9 @@ class BarkEosPrioritizerLogitsProcessor(LogitsProcessor):
         if self.min_eos_p is None:
             return scores
         ends = self._eos.index(scores)
-        wide = scores.float()
-        probs = (wide[:, ends] - wide.logsumexp(-1, keepdim=True)).exp()
-        over = (probs > self.min_eos_p).any(-1, keepdim=True)
-        drop = over.repeat(1, scores.shape[1]).index_fill_(1, ends, False)
-        return scores.masked_fill(drop, -math.inf)
+        over = (scores.softmax(-1, dtype=torch.float32)[:, ends] > self.min_eos_p).any(-1, keepdim=True)
+        only = torch.full_like(scores, -math.inf).index_copy_(1, ends, scores[:, ends])
+        return torch.where(over, only, scores)
 
 
 class ClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):

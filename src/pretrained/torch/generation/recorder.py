@@ -24,7 +24,10 @@ class Recorder:
 
     def __init__(self, config: GenerationConfig, *, own_rules: bool = False) -> None:
         asked = config.return_dict_in_generate
-        self.scores: tuple[torch.Tensor, ...] | None = () if asked and config.output_scores else None
+        self._returns_scores = asked and config.output_scores
+        # A drafting model stops by its scores.
+        keeps_scores = self._returns_scores or config.is_assistant
+        self.scores: tuple[torch.Tensor, ...] | None = () if keeps_scores else None
         self._logits: list[torch.Tensor] | None = [] if asked and config.output_logits else None
         self._copy = own_rules and self._logits is not None
         kinds = {"attentions": config.output_attentions, "hidden_states": config.output_hidden_states}
@@ -32,7 +35,12 @@ class Recorder:
         self._layers: dict[str, list[Any]] = {
             name: [] for name in _FIELDS if any(name.endswith(kind) for kind in self._kinds)
         }
-        self._idle = self.scores is None and self._logits is None and not self._layers
+        self.idle = self.scores is None and self._logits is None and not self._layers
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The outputs of layers that are recorded, by the names that models give them."""
+        return tuple(self._layers)
 
     def keep(self, logits: torch.Tensor) -> torch.Tensor:
         """Return logits that rules may change.
@@ -50,7 +58,7 @@ class Recorder:
             logits: [rows, vocab] scores of the model.
             scores: [rows, vocab] scores after all rules.
         """
-        if self._idle:
+        if self.idle:
             return
         if self.scores is not None:
             self.scores += (scores,)
@@ -84,7 +92,7 @@ class Recorder:
         layers = {name: tuple(steps) for name, steps in self._layers.items() if steps}
         common: dict[str, Any] = {
             "sequences": sequences,
-            "scores": self.scores,
+            "scores": self.scores if self._returns_scores else None,
             "logits": None if self._logits is None else tuple(self._logits),
             "past_key_values": cache,
         }

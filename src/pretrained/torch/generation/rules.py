@@ -18,6 +18,7 @@ from pretrained.torch.generation.inputs import GenerationInputs
 from pretrained.torch.generation.logits import LogitsProcessorList
 from pretrained.torch.generation.settings import Lengths
 from pretrained.torch.generation.stopping import (
+    ConfidenceCriteria,
     EosTokenCriteria,
     MaxLengthCriteria,
     MaxTimeCriteria,
@@ -192,22 +193,23 @@ def build_criteria(
         found.append(StopStringCriteria(tokenizer, config.stop_strings))
     if config.eos_token_id is not None:
         found.append(EosTokenCriteria(config.eos_token_id))
+    if config.is_assistant and config.assistant_confidence_threshold > 0:
+        found.append(ConfidenceCriteria(config.assistant_confidence_threshold))
     return StoppingCriteriaList(_merge(found, list(user or ())))
 
 
 def _merge(ours: list[Any], theirs: list[Any]) -> list[Any]:
     """Put the user's rules in place of ours of the same class, and the others after them."""
     merged: list[Any] = []
-    left = list(theirs)
     for rule in ours:
-        same = [other for other in theirs if type(other) is type(rule)]
-        for other in same:
-            logger.warning(
-                "Your %s takes the place of the one that the config asks for.", type(other).__name__
-            )
-            left.remove(other)
-        merged += same or [rule]
-    return merged + left
+        own = next((other for other in theirs if type(other) is type(rule)), None)
+        if own is not None:
+            logger.warning("Your %s takes the place of the one that the config asks for.", type(own).__name__)
+        merged.append(rule if own is None else own)
+    for rule in theirs:
+        if not any(rule is other for other in merged):
+            merged.append(rule)
+    return merged
 
 
 def _encoder_ids(inputs: GenerationInputs, name: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pretrained.core.generation_config import GenerationConfig
@@ -19,7 +19,7 @@ logger = logging.getLogger("pretrained.generation")
 RELEASE = "It comes with the generation release."
 
 _CACHES_NOW = (None, "dynamic", "static")
-_CACHES_LATER = ("offloaded", "offloaded_static", "quantized", "sliding_window", "paged")
+_CACHES_LATER = ("offloaded", "offloaded_static", "quantized", "sliding_window")
 
 _INSTEAD = {
     "num_beams": "Until then pass num_beams=1 for greedy decoding.",
@@ -98,12 +98,17 @@ def _refuse_later(config: GenerationConfig, by_user: set[str]) -> None:
     for name, field in FIELDS.items():
         if field.later and not _neutral(name, getattr(config, name)):
             raise _not_yet(name, getattr(config, name))
-        if field.group == "assistant" and name in by_user and getattr(config, name) != field.default:
-            raise _not_yet(name, getattr(config, name))
     if config.cache_implementation == "hybrid":
         # An old name in files of models with sliding layers, which the growing cache serves.
         del config.cache_implementation
     name = config.cache_implementation
+    if name == "paged":
+        raise GenerationError(
+            "Pages serve many requests at once, and generate() answers one batch",
+            where="cache_implementation",
+            found="'paged'",
+            mend="Call generate_batch() with the prompts, without padding; or leave it out.",
+        )
     if name in _CACHES_LATER:
         raise _not_yet("cache_implementation", name, 'Until then use "dynamic" or "static".')
     if name not in _CACHES_NOW:
@@ -198,6 +203,17 @@ class Lengths:
     new_tokens: int
     min_length: int
     min_new_tokens: int
+
+    def reaching(self, max_length: int | None) -> Lengths:
+        """Return lengths with room for a user's own `MaxLengthCriteria` that goes further.
+
+        Args:
+            max_length: Where the criteria stop; None where they do not.
+        """
+        more = (max_length or 0) - self.max_length
+        if more <= 0:
+            return self
+        return replace(self, max_length=self.max_length + more, new_tokens=self.new_tokens + more)
 
 
 def settle_lengths(

@@ -112,9 +112,15 @@ class StopStringCriteria(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Return [rows], True for rows whose last token completed a stop string."""
         tails = input_ids[:, -self._tail :].tolist()
-        return torch.tensor([self._completed(tail) for tail in tails], device=input_ids.device)
+        return torch.tensor([self.completed(tail) for tail in tails], device=input_ids.device)
 
-    def _completed(self, ids: list[int]) -> bool:
+    def completed(self, ids: list[int]) -> bool:
+        """Return whether the last token of a row completed a stop string.
+
+        Args:
+            ids: Tokens so far.
+        """
+        ids = ids[-self._tail :]
         text = self.tokenizer.decode(ids)
         if not any(stop in text for stop in self.stop_strings):
             return False

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pretrained.core.generation_config import GenerationConfig
+from pretrained.torch.generation.candidates import CandidateGenerator
 from pretrained.torch.generation.inputs import GenerationInputs
 from pretrained.torch.generation.logits import LogitsProcessorList
 from pretrained.torch.generation.loop import Decoder, Sequences, last_logits
@@ -39,6 +40,7 @@ class Run:
         streamer: Is given the tokens as they come, or None.
         generator: Source of chance; None for torch's global one.
         behind: Look at the verdict of a step while the next one runs (see `StopCheck`).
+        candidates: Guesses the next tokens, for speculative decoding; else None.
     """
 
     model: Any
@@ -54,6 +56,7 @@ class Run:
     streamer: Any = None
     generator: torch.Generator | None = None
     behind: bool = False
+    candidates: CandidateGenerator | None = None
     max_length: int = field(init=False)
 
     def __post_init__(self) -> None:

@@ -15,6 +15,9 @@ import torch
 from pretrained.errors import GenerationError
 from pretrained.torch.generation.logits import LogitsProcessor
 
+_LEAST = 2048
+"""Smaller vocabularies are sorted at once."""
+
 
 class TemperatureLogitsWarper(LogitsProcessor):
     """Divides the scores: below 1 sharper, above 1 flatter.
@@ -69,7 +72,7 @@ class TopKLogitsWarper(_Filter):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores of the likeliest tokens."""
         least = scores.topk(min(self.top_k, scores.shape[-1])).values[..., -1:]
-        return scores.masked_fill(scores < least, self.filter_value)
+        return torch.where(scores < least, self.filter_value, scores)
 
 
 class TopPLogitsWarper(_Filter):
@@ -87,11 +90,24 @@ class TopPLogitsWarper(_Filter):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores of the nucleus."""
+        probs = scores.softmax(-1)
+        count = _count_likely(probs, 1 - self.top_p, self.min_tokens_to_keep)
+        if count is None:
+            return self._of_all(scores)
+        best, index = probs.topk(count)
+        others = 1 - best.sum(-1, keepdim=True, dtype=torch.float64)
+        # Of each token and all that are less likely.
+        mass = others + best.flip(-1).cumsum(-1, dtype=torch.float64).flip(-1)
+        keep = mass > 1 - self.top_p
+        keep[..., : self.min_tokens_to_keep] = True
+        return torch.where(_all_but(keep, index, scores), self.filter_value, scores)
+
+    def _of_all(self, scores: torch.Tensor) -> torch.Tensor:
         # Summed from the least likely up, where float32 sums lose least.
         ascending, order = scores.sort(dim=-1)
         drop = ascending.softmax(-1).cumsum(-1) <= 1 - self.top_p
         drop[..., -self.min_tokens_to_keep :] = False
-        return scores.masked_fill(drop.scatter(-1, order, drop), self.filter_value)
+        return torch.where(drop.scatter(-1, order, drop), self.filter_value, scores)
 
 
 class TopHLogitsWarper(LogitsProcessor):
@@ -112,11 +128,11 @@ class TopHLogitsWarper(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores of the tokens that stay."""
         best, index = scores.topk(min(self.top_n, scores.shape[-1]))
-        terms = torch.special.entr(best.softmax(-1))
-        keep = terms.cumsum(-1) <= self.top_h * terms.sum(-1, keepdim=True)
+        probs = best.softmax(-1)
+        terms = torch.special.entr(probs)
+        keep = (terms.cumsum(-1) <= self.top_h * terms.sum(-1, keepdim=True)) & (probs > 0)
         keep[..., 0] = True
-        drop = torch.ones_like(scores, dtype=torch.bool).scatter_(-1, index, ~keep)
-        return scores.masked_fill(drop, self.filter_value)
+        return torch.where(_all_but(keep, index, scores), self.filter_value, scores)
 
 
 class MinPLogitsWarper(_Filter):
@@ -136,7 +152,11 @@ class MinPLogitsWarper(_Filter):
         """Return the scores of the tokens that stay."""
         probs = scores.softmax(-1)
         drop = probs < self.min_p * probs.amax(-1, keepdim=True)
-        return scores.masked_fill(self._keep_best(drop, scores), self.filter_value)
+        if self.min_tokens_to_keep > 1:
+            # Exactly so many, ties or not; one always stays, as min_p is no more than 1.
+            best = probs.topk(min(self.min_tokens_to_keep, probs.shape[-1])).indices
+            drop.scatter_(-1, best, False)
+        return torch.where(drop, self.filter_value, scores)
 
 
 class TypicalLogitsWarper(_Filter):
@@ -156,15 +176,22 @@ class TypicalLogitsWarper(_Filter):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores of the typical tokens."""
-        log_probs = scores.log_softmax(-1)
-        probs = log_probs.exp()
-        entropy = torch.special.entr(probs).sum(-1, keepdim=True)
-        distance, order = (-log_probs - entropy).abs().sort(dim=-1)
+        log_probs, probs = scores.log_softmax(-1), scores.softmax(-1)
+        entropy = torch.special.entr(log_probs.exp()).sum(-1, keepdim=True)
+        distance = (-log_probs - entropy).abs()
+        count = _count_likely(probs, 1 - self.mass, self.min_tokens_to_keep)
+        if count is not None and float(entropy.max()) > _surprise(probs, 1 - self.mass) / 2:
+            # Tokens that were not counted could be nearer to the entropy than some that were.
+            count = None
+        if count is None:
+            nearest, order = distance.sort(dim=-1)
+        else:
+            nearest, order = distance.topk(count, largest=False)
         before = probs.gather(-1, order).cumsum(-1) < self.mass
-        last = before.sum(-1, keepdim=True).clamp_(max=scores.shape[-1] - 1)
-        drop = distance > distance.gather(-1, last)
-        drop[..., : self.min_tokens_to_keep] = False
-        return scores.masked_fill(drop.scatter(-1, order, drop), self.filter_value)
+        last = before.sum(-1, keepdim=True).clamp_(max=nearest.shape[-1] - 1)
+        drop = distance > nearest.gather(-1, last)
+        drop.scatter_(-1, order[..., : self.min_tokens_to_keep], False)
+        return torch.where(drop, self.filter_value, scores)
 
 
 class EpsilonLogitsWarper(_Filter):
@@ -183,7 +210,7 @@ class EpsilonLogitsWarper(_Filter):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return the scores of the tokens that stay."""
         drop = scores.softmax(-1) < self.epsilon
-        return scores.masked_fill(self._keep_best(drop, scores), self.filter_value)
+        return torch.where(self._keep_best(drop, scores), self.filter_value, scores)
 
 
 class EtaLogitsWarper(_Filter):
@@ -213,7 +240,37 @@ class EtaLogitsWarper(_Filter):
         probs = scores.softmax(-1)
         entropy = torch.special.entr(probs).sum(-1, keepdim=True)
         bound = (math.sqrt(self.epsilon) * torch.exp(-entropy)).clamp_(max=self.epsilon)
-        return scores.masked_fill(self._keep_best(probs < bound, scores), self.filter_value)
+        return torch.where(self._keep_best(probs < bound, scores), self.filter_value, scores)
+
+
+def _count_likely(probs: torch.Tensor, rest: float, keep: int) -> int | None:
+    """Return among how many of the likeliest tokens a filter finds all that it leaves, or None for all.
+
+    Sorting a whole vocabulary costs milliseconds. Tokens with less than ``rest / vocab`` add up to less
+    than `rest` together, so a filter that leaves all but a share of `rest` leaves none of them.
+
+    Args:
+        probs: [rows, vocab] probabilities.
+        rest: Share of probability that may be dropped.
+        keep: How many tokens stay at least.
+    """
+    vocab = probs.shape[-1]
+    # Asking a device for the number would make the host wait.
+    if not probs.is_cpu or vocab < _LEAST or rest <= 0:
+        return None
+    likely = (probs >= rest / vocab).sum(-1)
+    count = max(int(likely.max()), keep)
+    return count if count <= vocab // 2 else None
+
+
+def _surprise(probs: torch.Tensor, rest: float) -> float:
+    """Return minus the logarithm of the bound in `_count_likely`."""
+    return math.log(probs.shape[-1] / rest)
+
+
+def _all_but(keep: torch.Tensor, index: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Return [rows, vocab], False at the indices that are to be kept."""
+    return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, index, ~keep)
 
 
 def _within(name: str, value: float, expected: str, right: Callable[[float], bool]) -> float:
