@@ -73,8 +73,13 @@ _NAMES = {
         "DynamicLayer",
         "DynamicSlidingLayer",
         "EncoderDecoderCache",
+        "OffloadedLayer",
+        "QuantizedCache",
+        "QuantizedLayer",
+        "SlidingWindowCache",
         "StaticCache",
         "StaticLayer",
+        "StaticSlidingWindowLayer",
     ),
     "pretrained.torch.outputs": (
         "BaseModelOutput",
@@ -119,6 +124,7 @@ _NAMES = {
         "SampleDecoderOnlyOutput",
         "SampleEncoderDecoderOutput",
     ),
+    "pretrained.torch.generation.guidance": ("UnbatchedClassifierFreeGuidanceLogitsProcessor",),
     "pretrained.torch.generation.logits": (
         "EncoderNoRepeatNGramLogitsProcessor",
         "EncoderRepetitionPenaltyLogitsProcessor",

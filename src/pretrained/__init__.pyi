@@ -68,8 +68,13 @@ from pretrained.torch.cache import DynamicCache as DynamicCache
 from pretrained.torch.cache import DynamicLayer as DynamicLayer
 from pretrained.torch.cache import DynamicSlidingLayer as DynamicSlidingLayer
 from pretrained.torch.cache import EncoderDecoderCache as EncoderDecoderCache
+from pretrained.torch.cache import OffloadedLayer as OffloadedLayer
+from pretrained.torch.cache import QuantizedCache as QuantizedCache
+from pretrained.torch.cache import QuantizedLayer as QuantizedLayer
+from pretrained.torch.cache import SlidingWindowCache as SlidingWindowCache
 from pretrained.torch.cache import StaticCache as StaticCache
 from pretrained.torch.cache import StaticLayer as StaticLayer
+from pretrained.torch.cache import StaticSlidingWindowLayer as StaticSlidingWindowLayer
 from pretrained.torch.cache_paged import PagedCache as PagedCache
 from pretrained.torch.device_maps import compute_module_sizes as compute_module_sizes
 from pretrained.torch.device_maps import get_balanced_memory as get_balanced_memory
@@ -79,6 +84,7 @@ from pretrained.torch.embeddings_mixin import EmbeddingAccessMixin as EmbeddingA
 from pretrained.torch.generation.batch_manager import ContinuousBatchingManager as ContinuousBatchingManager
 from pretrained.torch.generation.batch_requests import GenerationOutput as GenerationOutput
 from pretrained.torch.generation.batch_requests import RequestStatus as RequestStatus
+from pretrained.torch.generation.guidance import UnbatchedClassifierFreeGuidanceLogitsProcessor as UnbatchedClassifierFreeGuidanceLogitsProcessor
 from pretrained.torch.generation.logits import EncoderNoRepeatNGramLogitsProcessor as EncoderNoRepeatNGramLogitsProcessor
 from pretrained.torch.generation.logits import EncoderRepetitionPenaltyLogitsProcessor as EncoderRepetitionPenaltyLogitsProcessor
 from pretrained.torch.generation.logits import ExponentialDecayLengthPenalty as ExponentialDecayLengthPenalty

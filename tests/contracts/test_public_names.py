@@ -75,8 +75,9 @@ GROUPS = {
     ],
     "DistilBERT": encoder("DistilBert"),
     "callers make caches, keep them between calls, and build them from layers": words("""
-        Cache DynamicCache StaticCache EncoderDecoderCache
-        CacheLayer DynamicLayer DynamicSlidingLayer StaticLayer
+        Cache DynamicCache StaticCache SlidingWindowCache QuantizedCache EncoderDecoderCache
+        CacheLayer DynamicLayer DynamicSlidingLayer StaticLayer StaticSlidingWindowLayer QuantizedLayer
+        OffloadedLayer
         """),
     "type annotations and isinstance on what forwards return": words("""
         ModelOutput BaseModelOutput BaseModelOutputWithPast BaseModelOutputWithPastAndCrossAttentions
@@ -115,6 +116,7 @@ GROUPS = {
         SuppressTokensAtBeginLogitsProcessor SuppressTokensLogitsProcessor
         EpsilonLogitsWarper EtaLogitsWarper MinPLogitsWarper TemperatureLogitsWarper TopHLogitsWarper
         TopKLogitsWarper TopPLogitsWarper TypicalLogitsWarper
+        UnbatchedClassifierFreeGuidanceLogitsProcessor
         """),
     "when to stop, to pass to generate and to subclass": words("""
         StoppingCriteria StoppingCriteriaList EosTokenCriteria MaxLengthCriteria MaxTimeCriteria

@@ -97,6 +97,12 @@ def _decay(value: Any) -> str | None:
     return None if right else "(start, factor): new tokens before it sets in, and a factor above 0"
 
 
+def _layers(value: Any) -> str | None:
+    if value in ("low", "high") or (isinstance(value, list) and value and all(map(_is_id, value))):
+        return None
+    return '"low", "high" or a list of layers, counted from 0 for the embeddings'
+
+
 def _settings(value: Any) -> str | None:
     return None if isinstance(value, Mapping) else "a ContinuousBatchingConfig, or a dict of its settings"
 
@@ -143,11 +149,11 @@ FIELDS: Mapping[str, Field] = {
     "do_sample": Field(False, _flag, "strategy"),
     "num_beams": Field(1, _integer(1), "strategy", later=True),
     "num_beam_groups": Field(1, _integer(1), "strategy", later=True),
-    "penalty_alpha": Field(None, _at_least_0, "strategy", later=True),
-    "dola_layers": Field(None, _anything, "strategy", later=True),
+    "penalty_alpha": Field(None, _number("a number from 0 to 1", lambda value: 0 <= value <= 1), "strategy"),
+    "dola_layers": Field(None, _layers, "strategy"),
     "constraints": Field(None, _anything, "strategy", later=True),
     "force_words_ids": Field(None, _anything, "strategy", later=True),
-    "guidance_scale": Field(None, _positive, "strategy", later=True),
+    "guidance_scale": Field(None, _positive, "strategy"),
     "use_mtp": Field(None, _flag, "strategy", later=True),
     "speculation_type": Field(None, _anything, "strategy", later=True),
     "prompt_lookup_num_tokens": Field(None, _integer(1), "strategy"),
@@ -161,10 +167,10 @@ FIELDS: Mapping[str, Field] = {
     # cache
     "use_cache": Field(True, _flag, "cache"),
     "cache_implementation": Field(None, _anything, "cache"),
-    "cache_config": Field(None, _anything, "cache", later=True),
+    "cache_config": Field(None, _anything, "cache"),
     "max_cache_len": Field(None, _integer(1), "cache"),
     "prefill_chunk_size": Field(None, _integer(1), "cache"),
-    "return_legacy_cache": Field(None, _flag, "cache", later=True),
+    "return_legacy_cache": Field(None, _flag, "cache"),
     # sampling
     "temperature": Field(1.0, _at_least_0, "sampling"),
     "top_k": Field(50, _integer(0), "sampling"),
@@ -219,6 +225,7 @@ FIELDS: Mapping[str, Field] = {
     "compile": Field(False, _flag, "runtime"),
     "compile_config": Field(None, wrong_compile_config, "runtime"),
     "disable_compile": Field(False, _flag, "runtime"),
+    "weight_copies": Field(None, _flag, "runtime"),
     "continuous_batching_config": Field(None, _settings, "runtime"),
 }
 

@@ -88,12 +88,10 @@ def packed_product(layers: Sequence[nn.Module], rows: int) -> Product | None:
 
 def _matrices(layer: nn.Module, rows: int) -> tuple[QuantizedLinear, ...]:
     """Return the 4-bit matrices whose sum a layer's weight is; nothing where the kernel does not serve it."""
-    parts: tuple[Any, ...] = (layer,)
-    if type(layer) is GgufLinear:
-        parts = layer.repacked
-    x = torch.empty(rows, layer.shape[1]) if parts and type(parts[0]) is QuantizedLinear else None
-    if x is None or layer.weight.device.type != "cpu":  # type: ignore[union-attr]
+    parts: tuple[Any, ...] = layer.repacked if type(layer) is GgufLinear else (layer,)
+    if not parts or type(parts[0]) is not QuantizedLinear or parts[0].weight.device.type != "cpu":
         return ()
+    x = torch.empty(rows, parts[0].in_features)
     ready = all(part.weight_order is None and part.kernel_group for part in parts)
     return parts if ready and all(part.kernel(x) == "int4pack" for part in parts) else ()
 

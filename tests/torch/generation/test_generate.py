@@ -427,16 +427,10 @@ def test_bad_input_is_refused_before_the_first_forward(toy, arguments, text):
 LATER = {
     "num_beams": 2,
     "num_beam_groups": 2,
-    "penalty_alpha": 0.6,
-    "dola_layers": "low",
     "constraints": [1],
     "force_words_ids": [[1]],
-    "guidance_scale": 2.0,
     "token_healing": True,
-    "cache_config": {"nbits": 4},
-    "return_legacy_cache": True,
     "compile_config": {"mode": "x"},
-    "cache_implementation": "quantized",
     "use_mtp": True,
 }
 
@@ -456,8 +450,7 @@ def test_what_is_not_built_yet_is_refused_by_name(toy, name, value):
 @pytest.mark.parametrize(
     "name",
     [
-        "synced_gpus", "negative_prompt_ids",
-        "negative_prompt_attention_mask", "custom_generate",
+        "synced_gpus", "custom_generate",
     ],
 )  # fmt: skip
 def test_arguments_of_what_is_not_built_yet_are_refused(toy, name):

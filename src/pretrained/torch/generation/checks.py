@@ -142,20 +142,21 @@ def check_mask(mask: Any, batch: int, lengths: tuple[int, ...], name: str) -> to
     return checked
 
 
-def check_batch(tensor: torch.Tensor, batch: int, name: str) -> None:
-    """Raise where a tensor has another batch size than the encoder's input.
+def check_batch(tensor: torch.Tensor, batch: int, name: str, *, than: str = "the encoder's input") -> None:
+    """Raise where a tensor has another batch size than what it belongs to.
 
     Args:
         tensor: What the user passed.
-        batch: Rows of the encoder's input.
+        batch: Rows of what it belongs to.
         name: The argument, for messages.
+        than: What it belongs to.
 
     Raises:
         GenerationError: it has.
     """
     if tensor.shape[0] != batch:
         raise GenerationError(
-            f"{name} has another batch size than the encoder's input",
+            f"{name} has another batch size than {than}",
             where=name,
             expected=batch,
             found=tensor.shape[0],

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from pretrained.core.generation_config import GenerationConfig
+from pretrained.core.generation_config import GenerationConfig, GenerationMode
 from pretrained.errors import GenerationError
-from pretrained.torch.cache import Cache, EncoderDecoderCache
+from pretrained.torch.cache import Cache, as_cache
 from pretrained.torch.generation.checks import check_batch, check_embeds, check_ids, check_mask, vocabulary
 from pretrained.torch.generation.settings import Lengths, parameters, settle_lengths
-from pretrained.torch.outputs import BaseModelOutput
+from pretrained.torch.outputs import BaseModelOutput, ModelOutput
 
 logger = logging.getLogger("pretrained.generation")
 
@@ -128,6 +128,7 @@ def lengths_of(
         past_length=inputs.past_length,
         positions=getattr(model.config, "max_position_embeddings", None),
         absolute=not rotary,
+        feeds_last=config.get_generation_mode() is GenerationMode.CONTRASTIVE_SEARCH,
     )
 
 
@@ -214,9 +215,7 @@ def _decoder_mask(
 def _check_cache(cache: Any, config: GenerationConfig) -> Cache | None:
     if cache is None:
         return None
-    if isinstance(cache, tuple | list):
-        kind = EncoderDecoderCache if cache and len(cache[0]) == 4 else Cache
-        cache = kind.from_legacy_cache(cache)
+    cache = as_cache(cache)
     if not isinstance(cache, Cache):
         raise GenerationError(
             "past_key_values has the wrong type",
@@ -375,15 +374,9 @@ def _expand(inputs: GenerationInputs, times: int) -> GenerationInputs:
     batch = inputs.rows
 
     def repeat(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == batch:
-            return value.repeat_interleave(times, dim=0)
-        if isinstance(value, tuple):
-            return tuple(repeat(item) for item in value)
-        return value
+        return repeat_rows(value, batch, times)
 
-    outputs = inputs.encoder_outputs
-    if outputs is not None:
-        outputs = type(outputs)(**{name: repeat(value) for name, value in outputs.items()})
+    outputs = repeat(inputs.encoder_outputs)
     if inputs.cache is not None and inputs.cache.batch_size == batch:
         inputs.cache.batch_repeat_interleave(times)
     return replace(
@@ -397,6 +390,26 @@ def _expand(inputs: GenerationInputs, times: int) -> GenerationInputs:
         encoder_input_ids=repeat(inputs.encoder_input_ids),
         extra={name: repeat(value) for name, value in inputs.extra.items()},
     )
+
+
+def repeat_rows(value: Any, batch: int, times: int) -> Any:
+    """Repeat each row of a tensor, or of all tensors of an output, its copies next to each other.
+
+    Args:
+        value: A tensor, an output, a tuple of them, or anything else, which stays as it is.
+        batch: How many rows there are; a tensor with another number stays as it is.
+        times: How often.
+    """
+    if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == batch:
+        return value.repeat_interleave(times, dim=0)
+    if isinstance(value, ModelOutput):
+        # States and attentions of each layer are a record of the prompts, and stay one row for each of them.
+        return type(value)(
+            **{k: v if isinstance(v, tuple) else repeat_rows(v, batch, times) for k, v in value.items()}
+        )
+    if isinstance(value, tuple):
+        return tuple(repeat_rows(item, batch, times) for item in value)
+    return value
 
 
 def _device(model: Any) -> torch.device | None:

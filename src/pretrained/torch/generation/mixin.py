@@ -14,12 +14,17 @@ from typing import Any
 import torch
 
 from pretrained.core.generation_config import GenerationConfig, GenerationMode
-from pretrained.errors import GenerationError, NotYetError
+from pretrained.errors import NotYetError
 from pretrained.torch.cache import Cache
 from pretrained.torch.generation import strategies
 from pretrained.torch.generation.batch_mixin import BatchGenerationMixin
+from pretrained.torch.generation.caches import check_cache
 from pretrained.torch.generation.compiled import compiled_decoder
+from pretrained.torch.generation.contrastive import contrastive
+from pretrained.torch.generation.demands import check_demands
+from pretrained.torch.generation.dola import dola
 from pretrained.torch.generation.drafting import Drafting, build_candidates, check_drafting
+from pretrained.torch.generation.guidance import guide
 from pretrained.torch.generation.inputs import GenerationInputs, lengths_of, prepare_inputs
 from pretrained.torch.generation.loop import Decoder, HookedDecoder, Sequences, prepare_step
 from pretrained.torch.generation.recorder import Recorder
@@ -40,6 +45,8 @@ logger = logging.getLogger("pretrained.generation")
 _STRATEGIES: dict[GenerationMode, Callable[[strategies.Run], None]] = {
     GenerationMode.GREEDY_SEARCH: strategies.greedy,
     GenerationMode.SAMPLE: strategies.sample,
+    GenerationMode.CONTRASTIVE_SEARCH: contrastive,
+    GenerationMode.DOLA_GENERATION: dola,
     GenerationMode.ASSISTED_GENERATION: speculative,
 }
 
@@ -90,8 +97,9 @@ class GenerationMixin(BatchGenerationMixin):
             assistant_model: A smaller model that drafts tokens, which this one checks several at a time; the
                 text stays the same. Fields `num_assistant_tokens` and others say how.
             streamer: Is given the tokens as they come (`TextStreamer` and others).
-            negative_prompt_ids: Not offered yet.
-            negative_prompt_attention_mask: Not offered yet.
+            negative_prompt_ids: [batch, length] or [1, length] what `guidance_scale` moves away from; None
+                for the prompt's last token alone.
+            negative_prompt_attention_mask: Its mask.
             use_model_defaults: False to leave out the model's own settings.
             custom_generate: Not offered yet.
             generator: Source of chance for sampling; None for torch's global one.
@@ -114,16 +122,25 @@ class GenerationMixin(BatchGenerationMixin):
         refuse_arguments(
             custom_generate=custom_generate,
             synced_gpus=synced_gpus,
+        )
+        config, model_inputs, by_user = settle(self, generation_config, kwargs, use_model_defaults)
+        mode = config.get_generation_mode(assistant_model)
+        check_demands(
+            self,
+            config,
+            mode,
+            model_inputs,
+            streamer=streamer,
+            tokenizer=tokenizer,
             negative_prompt_ids=negative_prompt_ids,
             negative_prompt_attention_mask=negative_prompt_attention_mask,
         )
-        config, model_inputs, by_user = settle(self, generation_config, kwargs, use_model_defaults)
         drafting = Drafting(assistant_model, tokenizer, assistant_tokenizer)
         check_drafting(self, config, by_user, drafting, {"inputs": inputs, **model_inputs})
-        mode = config.get_generation_mode(assistant_model)
         strategy = _STRATEGIES.get(mode)
         if strategy is None:
             raise NotYetError(f"{mode.value} cannot be run yet", mend=RELEASE)
+        check_cache(config)
         check_files(self)
         prepared = prepare_inputs(self, config, inputs, model_inputs)
         lengths = lengths_of(self, config, by_user, prepared)
@@ -135,18 +152,24 @@ class GenerationMixin(BatchGenerationMixin):
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
             vocab_size=getattr(self.config, "vocab_size", None),  # type: ignore[attr-defined]
         )
+        processors = guide(
+            self, config, mode, prepared, processors, negative_prompt_ids, negative_prompt_attention_mask
+        )
         criteria = build_criteria(config, lengths, tokenizer=tokenizer, user=stopping_criteria)
         lengths = lengths.reaching(criteria.max_length)
         behind = _may_look_behind(prepared, criteria, streamer)
         plain = _decoder_of(self)
         compiled = compiled_decoder(self, prepared, config, mode, is_hooked=plain is HookedDecoder)
-        decoder = compiled or plain
+        # Contrastive search runs the last token too, to see what it would be like.
+        ahead = int(strategy is contrastive)
         run = strategies.Run(
             model=self,
             config=config,
             inputs=prepared,
             lengths=lengths,
-            decoder=decoder(self, prepared, config, lengths.new_tokens, margin=int(behind)),
+            decoder=(compiled or plain)(
+                self, prepared, config, lengths.new_tokens + ahead, margin=int(behind) + ahead
+            ),
             sequences=Sequences(prepared.input_ids, lengths.new_tokens),
             processors=processors,
             criteria=criteria,
@@ -162,7 +185,10 @@ class GenerationMixin(BatchGenerationMixin):
         sequences = run.sequences.ids.contiguous()
         if not config.return_dict_in_generate:
             return sequences
-        return run.recorder.output(sequences, prepared, run.decoder.cache)
+        cache: Any = run.decoder.cache
+        if config.return_legacy_cache and cache is not None:
+            cache = cache.to_legacy_cache()
+        return run.recorder.output(sequences, prepared, cache)
 
     def prepare_inputs_for_generation(
         self,
@@ -254,13 +280,6 @@ def _stream(strategy: Callable[[strategies.Run], None], run: strategies.Run) -> 
     if streamer is None:
         strategy(run)
         return
-    if not callable(getattr(streamer, "put", None)) or not callable(getattr(streamer, "end", None)):
-        raise GenerationError(
-            "streamer lacks put and end",
-            where="streamer",
-            expected="a BaseStreamer, such as TextStreamer(tokenizer)",
-            found=type(streamer).__name__,
-        )
     try:
         streamer.put(run.sequences.ids.cpu())
         strategy(run)

@@ -42,6 +42,11 @@ class Recorder:
         """The outputs of layers that are recorded, by the names that models give them."""
         return tuple(self._layers)
 
+    @property
+    def keeps_layers(self) -> bool:
+        """Whether attentions or hidden states are recorded."""
+        return bool(self._layers)
+
     def keep(self, logits: torch.Tensor) -> torch.Tensor:
         """Return logits that rules may change.
 

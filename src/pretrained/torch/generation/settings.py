@@ -18,13 +18,8 @@ logger = logging.getLogger("pretrained.generation")
 
 RELEASE = "It comes with the generation release."
 
-_CACHES_NOW = (None, "dynamic", "static")
-_CACHES_LATER = ("offloaded", "offloaded_static", "quantized", "sliding_window")
-
 _INSTEAD = {
     "num_beams": "Until then pass num_beams=1 for greedy decoding.",
-    "return_legacy_cache": "Call to_legacy_cache() on the returned past_key_values.",
-    "guidance_scale": "Until then leave it out.",
     "low_memory": "Leave it out.",
 }
 
@@ -98,26 +93,6 @@ def _refuse_later(config: GenerationConfig, by_user: set[str]) -> None:
     for name, field in FIELDS.items():
         if field.later and not _neutral(name, getattr(config, name)):
             raise _not_yet(name, getattr(config, name))
-    if config.cache_implementation == "hybrid":
-        # An old name in files of models with sliding layers, which the growing cache serves.
-        del config.cache_implementation
-    name = config.cache_implementation
-    if name == "paged":
-        raise GenerationError(
-            "Pages serve many requests at once, and generate() answers one batch",
-            where="cache_implementation",
-            found="'paged'",
-            mend="Call generate_batch() with the prompts, without padding; or leave it out.",
-        )
-    if name in _CACHES_LATER:
-        raise _not_yet("cache_implementation", name, 'Until then use "dynamic" or "static".')
-    if name not in _CACHES_NOW:
-        raise GenerationError(
-            f"There is no cache_implementation {name!r}",
-            where="cache_implementation",
-            expected='"dynamic" or "static"',
-            mend=did_you_mean(str(name), ("dynamic", "static", *_CACHES_LATER)) or None,
-        )
 
 
 def _neutral(name: str, value: Any) -> bool:
@@ -225,6 +200,7 @@ def settle_lengths(
     past_length: int,
     positions: int | None,
     absolute: bool,
+    feeds_last: bool = False,
 ) -> Lengths:
     """Settle the lengths of a call.
 
@@ -236,6 +212,7 @@ def settle_lengths(
         past_length: Tokens before the prompt that only the cache knows of.
         positions: How many positions the model has; None where there is no bound.
         absolute: Whether the model cannot go beyond them at all.
+        feeds_last: Whether the strategy runs the last new token too.
 
     Raises:
         GenerationError: there is no room for a new token, or the user asked for more than fits.
@@ -263,6 +240,8 @@ def settle_lengths(
                 found=f"{prompt} tokens",
                 mend="Pass max_new_tokens, which does not count the prompt, or raise max_length.",
             )
+    if positions is not None and feeds_last:
+        positions -= 1
     new = _within_positions(new, context, positions, absolute=absolute, default=default)
     least = config.min_new_tokens or 0
     shortest = 0 if least else max(config.min_length - embeds_length, 0)
