@@ -430,7 +430,6 @@ LATER = {
     "constraints": [1],
     "force_words_ids": [[1]],
     "token_healing": True,
-    "compile_config": {"mode": "x"},
     "use_mtp": True,
 }
 
