@@ -52,6 +52,17 @@ def test_blocks_of_a_gguf_file_are_joined_too(kind):
     assert all(isinstance(part.joined, Joined) for layer in layers for part in layer.repacked)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bias", [False, True])
+def test_integers_of_8_bits_are_multiplied_one_by_one(dtype, bias):
+    layers = nn.ModuleList([nn.Linear(64, 48, bias=bias, dtype=dtype)])
+    quantize_model(layers, QuantizationConfig(quant_method="int8"))
+    x = torch.randn(1, 64).to(dtype)
+    assert torch.equal(packed_product(layers, 1)(x), layers[0](x))
+    layers[0].lay_out_at_call()
+    assert packed_product(layers, 1) is None
+
+
 def test_weights_move_once_and_are_not_held_twice():
     layers = int4_layers()
     packed_product(layers, 1)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few rows times packed 4-bit weights, in as few products as can be, for steps of decoding.
+"""A few rows times packed weights, in as few products as can be, for steps of decoding.
 
-At one token a time calling an operator costs as much as a small product does, so the weights of layers that
-take the same input are laid behind one another and multiplied as one. The layers hold views of them from
+At one token a time calling an operator costs as much as a small product does, so the 4-bit weights of layers
+that take the same input are laid behind one another and multiplied as one. The layers hold views of them from
 then on: nothing is in memory twice, and every value stays what it was.
 """
 
@@ -74,6 +74,8 @@ def packed_product(layers: Sequence[nn.Module], rows: int) -> Product | None:
         layers: Any dense layers.
         rows: Of an input.
     """
+    if len(layers) == 1 and type(layers[0]) is QuantizedLinear and layers[0].form.bits == 8:
+        return _int8_product(layers[0], rows)
     found = [_matrices(layer, rows) for layer in layers]
     if not all(found) or len({(len(one), one[0].kernel_group) for one in found}) != 1:
         return None
@@ -84,6 +86,25 @@ def packed_product(layers: Sequence[nn.Module], rows: int) -> Product | None:
         terms = [join([one[index] for one in found]) for index in range(len(found[0]))]
         bias = _joined_bias(layers)
     return _product(terms, found[0][0].kernel_group, bias)
+
+
+def _int8_product(layer: QuantizedLinear, rows: int) -> Product | None:
+    """Return the product with one layer of integers of 8 bits; None where the kernel does not serve it."""
+    if layer.weight_order is not None or layer.kernel(torch.empty(rows, layer.in_features)) != "int8pack":
+        return None
+    if layer.weight_scale.dtype != torch.bfloat16 or not layer.is_ready:
+        return None
+    weight, scale, multiply = layer.weight.detach(), layer.weight_scale.detach(), torch._weight_int8pack_mm
+    bias = None if layer.bias is None else layer.bias.detach()
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.bfloat16:
+            result = multiply(x, weight, scale)
+        else:
+            result = multiply(x.to(torch.bfloat16), weight, scale).to(x.dtype)
+        return result if bias is None else result + bias.to(x.dtype)
+
+    return product
 
 
 def _matrices(layer: nn.Module, rows: int) -> tuple[QuantizedLinear, ...]:

@@ -192,6 +192,11 @@ class IntegerLeaf(QuantizedLeaf):
                 self._parameters[name] = fixed(tensor)
 
     @property
+    def is_ready(self) -> bool:
+        """Whether the kernel reads the weight as it lies, not a copy that is laid out at each call."""
+        return not self._lays_out_at_call
+
+    @property
     def kernel_group(self) -> int:
         """Columns that share a scale while the weight is in the kernel's layout; 0 while it is not."""
         return 0 if self._scales is None else self.shape[1] // self._scales.shape[0]

@@ -171,8 +171,11 @@ class Products:
         """
         if not all(type(layer) is nn.Linear for layer in layers):
             joined = packed_product(layers, self._rows)
-            return joined or _beside([_own_product(layer, self._rows) for layer in layers])
+            return joined or _beside([self._own(layer) for layer in layers])
         return self.dense([layer.weight for layer in layers], [layer.bias for layer in layers])
+
+    def _own(self, layer: Any) -> Product:
+        return packed_product([layer], self._rows) or _own_product(layer, self._rows)
 
     def transposed(self, layer: Any) -> Product:
         """Return the product of a `Conv1D`, whose weight is stored [in, out].
