@@ -111,14 +111,13 @@ def sdpa_attention(
 def _as_queries(
     query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Return a single query's heads as so many queries of the key heads that they share, where that is quicker.
+    """Return one query's heads as so many queries of the key heads that they share, where that is quicker.
 
     On CPUs torch's kernel reads keys and values anew for each head, several times more slowly in bfloat16.
     """
     shared = query.shape[1] != key.shape[1] and query.shape[2] == 1 and query.device.type == "cpu"
-    if not shared or (
-        attention_mask is not None and (attention_mask.dim() != 4 or attention_mask.shape[1] != 1)
-    ):
+    by_head = attention_mask is not None and (attention_mask.dim() != 4 or attention_mask.shape[1] != 1)
+    if not shared or by_head:
         return None
     return query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
 

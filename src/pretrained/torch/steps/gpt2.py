@@ -89,5 +89,5 @@ class _Block:
         rows, width = self._rows, self._width
         q, k, v = self._in(self._norm(x)).view(rows, 3, -1, width).transpose(0, 1).unsqueeze(3).unbind(0)
         k, v = cache.update(k, v, index)
-        x = x + self._out(attend_once(q, k, v, mask, self._scaling))
+        x = x + self._out(attend_once(q, k, v, mask, self._scaling).reshape(rows, -1))
         return x + self._down(self._act(self._up(self._mlp_norm(x))))

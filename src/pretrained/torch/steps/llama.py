@@ -150,6 +150,6 @@ class _Layer:
         k, v = cache.update(k.unsqueeze(2), v.unsqueeze(2), index)
         # The query heads of one key-value head, as if they were queries of one head.
         q = q.view(rows, keys, -1, width)
-        x = x + self._out(attend_once(q, k, v, mask, self._scaling))
+        x = x + self._out(attend_once(q, k, v, mask, self._scaling).reshape(rows, -1))
         gate, up = self._up(self._mlp_norm(x)).chunk(2, dim=1)
         return x + self._down(self._act(gate) * up)

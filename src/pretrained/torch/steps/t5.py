@@ -140,10 +140,12 @@ class _Block:
         rows, width = self._rows, self._width
         q, k, v = self._in(self._norm(x)).view(rows, 3, -1, width).transpose(0, 1).unsqueeze(3).unbind(0)
         k, v = cache.update(k, v, index)
-        x = x + self._out(attend_once(q, k, v, bias, 1.0))
-        q = self._cross_in(self._cross_norm(x)).view(rows, -1, 1, width)
+        x = x + self._out(attend_once(q, k, v, bias, 1.0).reshape(rows, -1))
         k, v = cache.cross_attention_cache[index]
-        x = x + self._cross_out(attend_once(q, k, v, encoder_mask, 1.0))
+        # Beams of one text look at it as if they were more queries of one row.
+        q = self._cross_in(self._cross_norm(x)).view(k.shape[0], -1, k.shape[1], width).transpose(1, 2)
+        out = attend_once(q, k, v, encoder_mask, 1.0)
+        x = x + self._cross_out(out.transpose(1, 2).reshape(rows, -1))
         wide = self._up(self._feed_norm(x))
         if self._gated:
             gate, up = wide.chunk(2, dim=-1)
