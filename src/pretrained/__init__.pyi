@@ -33,6 +33,10 @@ from pretrained.auto import AutoModelWithLMHead as AutoModelWithLMHead
 from pretrained.core.batching_config import ContinuousBatchingConfig as ContinuousBatchingConfig
 from pretrained.core.config import PreTrainedConfig as PreTrainedConfig
 from pretrained.core.config import PretrainedConfig as PretrainedConfig
+from pretrained.core.constraints import Constraint as Constraint
+from pretrained.core.constraints import ConstraintListState as ConstraintListState
+from pretrained.core.constraints import DisjunctiveConstraint as DisjunctiveConstraint
+from pretrained.core.constraints import PhrasalConstraint as PhrasalConstraint
 from pretrained.core.generation_config import GenerationConfig as GenerationConfig
 from pretrained.core.generation_config import GenerationMode as GenerationMode
 from pretrained.core.push import PushToHubMixin as PushToHubMixin
@@ -67,8 +71,13 @@ from pretrained.torch.cache import DynamicCache as DynamicCache
 from pretrained.torch.cache import DynamicLayer as DynamicLayer
 from pretrained.torch.cache import DynamicSlidingLayer as DynamicSlidingLayer
 from pretrained.torch.cache import EncoderDecoderCache as EncoderDecoderCache
+from pretrained.torch.cache import OffloadedLayer as OffloadedLayer
+from pretrained.torch.cache import QuantizedCache as QuantizedCache
+from pretrained.torch.cache import QuantizedLayer as QuantizedLayer
+from pretrained.torch.cache import SlidingWindowCache as SlidingWindowCache
 from pretrained.torch.cache import StaticCache as StaticCache
 from pretrained.torch.cache import StaticLayer as StaticLayer
+from pretrained.torch.cache import StaticSlidingWindowLayer as StaticSlidingWindowLayer
 from pretrained.torch.cache_paged import PagedCache as PagedCache
 from pretrained.torch.device_maps import compute_module_sizes as compute_module_sizes
 from pretrained.torch.device_maps import get_balanced_memory as get_balanced_memory
@@ -84,6 +93,7 @@ from pretrained.torch.generation.logits import EncoderRepetitionPenaltyLogitsPro
 from pretrained.torch.generation.logits import ExponentialDecayLengthPenalty as ExponentialDecayLengthPenalty
 from pretrained.torch.generation.logits import ForcedBOSTokenLogitsProcessor as ForcedBOSTokenLogitsProcessor
 from pretrained.torch.generation.logits import ForcedEOSTokenLogitsProcessor as ForcedEOSTokenLogitsProcessor
+from pretrained.torch.generation.logits import HammingDiversityLogitsProcessor as HammingDiversityLogitsProcessor
 from pretrained.torch.generation.logits import InfNanRemoveLogitsProcessor as InfNanRemoveLogitsProcessor
 from pretrained.torch.generation.logits import LogitNormalization as LogitNormalization
 from pretrained.torch.generation.logits import LogitsProcessor as LogitsProcessor

@@ -75,8 +75,9 @@ GROUPS = {
     ],
     "DistilBERT": encoder("DistilBert"),
     "callers make caches, keep them between calls, and build them from layers": words("""
-        Cache DynamicCache StaticCache EncoderDecoderCache
-        CacheLayer DynamicLayer DynamicSlidingLayer StaticLayer
+        Cache DynamicCache StaticCache SlidingWindowCache QuantizedCache EncoderDecoderCache
+        CacheLayer DynamicLayer DynamicSlidingLayer StaticLayer StaticSlidingWindowLayer QuantizedLayer
+        OffloadedLayer
         """),
     "type annotations and isinstance on what forwards return": words("""
         ModelOutput BaseModelOutput BaseModelOutputWithPast BaseModelOutputWithPastAndCrossAttentions
@@ -97,6 +98,9 @@ GROUPS = {
         GenerateBeamEncoderDecoderOutput
         """),
     "the same under the names of older scripts, one for each strategy": OLD_OUTPUTS,
+    "what a text must contain, for beam search": words("""
+        Constraint PhrasalConstraint DisjunctiveConstraint ConstraintListState
+        """),
     "watermarks: settings, rules and detectors": words("""
         WatermarkingConfig WatermarkLogitsProcessor WatermarkDetector WatermarkDetectorOutput
         SynthIDTextWatermarkingConfig SynthIDTextWatermarkLogitsProcessor SynthIDTextWatermarkDetector
@@ -109,6 +113,7 @@ GROUPS = {
         LogitsProcessor LogitsProcessorList
         EncoderNoRepeatNGramLogitsProcessor EncoderRepetitionPenaltyLogitsProcessor
         ExponentialDecayLengthPenalty ForcedBOSTokenLogitsProcessor ForcedEOSTokenLogitsProcessor
+        HammingDiversityLogitsProcessor
         InfNanRemoveLogitsProcessor LogitNormalization MinLengthLogitsProcessor
         MinNewTokensLengthLogitsProcessor NoBadWordsLogitsProcessor NoRepeatNGramLogitsProcessor
         PrefixConstrainedLogitsProcessor RepetitionPenaltyLogitsProcessor SequenceBiasLogitsProcessor

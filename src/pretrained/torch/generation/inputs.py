@@ -15,7 +15,7 @@ import torch
 
 from pretrained.core.generation_config import GenerationConfig, GenerationMode
 from pretrained.errors import GenerationError
-from pretrained.torch.cache import Cache, EncoderDecoderCache
+from pretrained.torch.cache import Cache, as_cache
 from pretrained.torch.generation.checks import check_batch, check_embeds, check_ids, check_mask, vocabulary
 from pretrained.torch.generation.settings import Lengths, parameters, settle_lengths
 from pretrained.torch.outputs import BaseModelOutput, ModelOutput
@@ -101,7 +101,9 @@ def prepare_inputs(
     if device is not None:
         given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     prepare = _prepare_encoder_decoder if model.config.is_encoder_decoder else _prepare_decoder
-    return _expand(prepare(model, config, given), config.num_return_sequences)
+    prepared = prepare(model, config, given)
+    # Beams run the prompt once and share what comes of it.
+    return prepared if config.num_beams > 1 else _expand(prepared, config.num_return_sequences)
 
 
 def lengths_of(
@@ -215,9 +217,7 @@ def _decoder_mask(
 def _check_cache(cache: Any, config: GenerationConfig) -> Cache | None:
     if cache is None:
         return None
-    if isinstance(cache, tuple | list):
-        kind = EncoderDecoderCache if cache and len(cache[0]) == 4 else Cache
-        cache = kind.from_legacy_cache(cache)
+    cache = as_cache(cache)
     if not isinstance(cache, Cache):
         raise GenerationError(
             "past_key_values has the wrong type",
@@ -370,17 +370,27 @@ def _start_ids(config: GenerationConfig, batch: int, device: torch.device) -> to
 
 
 def _expand(inputs: GenerationInputs, times: int) -> GenerationInputs:
-    """Repeat each row for the sequences that are wanted of it."""
+    """Repeat each row for the sequences that are wanted of it, its cache too."""
     if times == 1:
         return inputs
+    if inputs.cache is not None and inputs.cache.batch_size == inputs.rows:
+        inputs.cache.batch_repeat_interleave(times)
+    return repeat_inputs(inputs, times)
+
+
+def repeat_inputs(inputs: GenerationInputs, times: int) -> GenerationInputs:
+    """Repeat each row of everything but the cache, its copies next to each other.
+
+    Args:
+        inputs: The inputs.
+        times: How often.
+    """
     batch = inputs.rows
 
     def repeat(value: Any) -> Any:
         return repeat_rows(value, batch, times)
 
     outputs = repeat(inputs.encoder_outputs)
-    if inputs.cache is not None and inputs.cache.batch_size == batch:
-        inputs.cache.batch_repeat_interleave(times)
     return replace(
         inputs,
         input_ids=repeat(inputs.input_ids),
@@ -405,7 +415,10 @@ def repeat_rows(value: Any, batch: int, times: int) -> Any:
     if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == batch:
         return value.repeat_interleave(times, dim=0)
     if isinstance(value, ModelOutput):
-        return type(value)(**{name: repeat_rows(item, batch, times) for name, item in value.items()})
+        # States and attentions of each layer are a record of the prompts, and stay one row for each of them.
+        return type(value)(
+            **{k: v if isinstance(v, tuple) else repeat_rows(v, batch, times) for k, v in value.items()}
+        )
     if isinstance(value, tuple):
         return tuple(repeat_rows(item, batch, times) for item in value)
     return value

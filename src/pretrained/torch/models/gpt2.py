@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from pretrained.arch import gpt2 as arch
 from pretrained.errors import ArgumentError
-from pretrained.torch.cache import Cache, DynamicCache, EncoderDecoderCache
+from pretrained.torch.cache import Cache, DynamicCache, EncoderDecoderCache, as_cache
 from pretrained.torch.generation.mixin import GenerationMixin
 from pretrained.torch.heads import (
     ForQuestionAnswering,
@@ -122,7 +122,7 @@ class GPT2Model(GPT2PreTrainedModel):
         )
         encoder_mask = self._encoder_mask(encoder_hidden_states, encoder_attention_mask)
         x = embed_tokens(self.wte, input_ids, inputs_embeds)
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache(as_cache(past_key_values), use_cache)
         first, positions = new_positions(x, cache, cache_position, position_ids)
         counted = position_ids is None and cache_position is None
         self._check_positions(first + x.shape[1] if counted else None, positions)

@@ -14,7 +14,7 @@ from torch import nn
 
 from pretrained.arch import llama as arch
 from pretrained.torch.attention import attend
-from pretrained.torch.cache import Cache, DynamicCache
+from pretrained.torch.cache import Cache, DynamicCache, as_cache
 from pretrained.torch.generation.mixin import GenerationMixin
 from pretrained.torch.heads import (
     ForQuestionAnswering,
@@ -200,6 +200,7 @@ class LlamaModel(LlamaPreTrainedModel):
             return_dict,
         )
         x = embed_tokens(self.embed_tokens, input_ids, inputs_embeds)
+        past_key_values = as_cache(past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         first, position_ids = new_positions(x, past_key_values, cache_position, position_ids)
