@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pretrained.torch.cache import Cache
 from pretrained.torch.inputs import embed_tokens
-from pretrained.torch.steps.common import Products, is_stock, make_norm
+from pretrained.torch.steps.common import Products, attend_once, is_stock, make_norm
 
 _MODULES = frozenset(
     {"nn"} | {f"models.{name}" for name in ("llama", "mistral", "qwen2", "qwen3", "smollm3")}
@@ -117,9 +117,6 @@ def _signed(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.T
 class _Layer:
     """One block."""
 
-    new = 1
-    """New tokens of each row."""
-
     def __init__(self, layer: Any, rows: int, products: Products) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._width, self._scaling = attention.head_dim, attention.scaling
@@ -132,9 +129,8 @@ class _Layer:
         self._out = products(attention.o_proj)
         self._up = products(mlp.gate_proj, mlp.up_proj)
         self._mlp_norm = make_norm(layer.post_attention_layernorm, rows, self._up)
-        self._gate = mlp.gate_proj.out_features
         self._down = products(mlp.down_proj)
-        self._act = F.silu if mlp.act_fn is F.silu else mlp.act_fn
+        self._act = mlp.act_fn
         self._rows = rows
 
     def __call__(
@@ -145,36 +141,22 @@ class _Layer:
         cache: Cache,
         index: int,
     ) -> torch.Tensor:
-        x = x + self._out(self._attend(*self._heads(x, rotary), mask, cache, index))
-        gated = self._up(self._mlp_norm(x))
-        gate, up = gated.narrow(1, 0, self._gate), gated.narrow(1, self._gate, self._gate)
-        return x + self._down(self._act(gate) * up)
-
-    def _heads(
-        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return queries and keys, [B, H + G, K], and values, [B, G, K]."""
-        rows, width, queries, keys = x.shape[0], self._width, self._queries, self._keys
+        rows, width, queries, keys = self._rows, self._width, self._queries, self._keys
         heads = self._in(self._norm(x)).view(rows, -1, width)
-        qk, v = heads.narrow(1, 0, queries + keys), heads.narrow(1, queries + keys, keys)
+        qk, v = heads.split_with_sizes((queries + keys, keys), 1)
         if self._q_norm is not None:
             qk = torch.cat([self._q_norm(qk[:, :queries]), self._k_norm(qk[:, queries:])], dim=1)
         if self._rotates:
             cos, sin = rotary
             halves = qk.view(rows, queries + keys, 2, -1)
             qk = torch.addcmul(halves * cos, halves.flip(2), sin).view(rows, -1, width)
-        return qk, v
-
-    def _attend(
-        self, qk: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, cache: Cache, index: int
-    ) -> torch.Tensor:
-        """Return what each row's heads see, [B, H * K]."""
-        rows, width, queries, keys = self._rows, self._width, self._queries, self._keys
-        k, v = cache.update(qk.narrow(1, queries, keys).unsqueeze(2), v.unsqueeze(2), index)
+        q, k = qk.split_with_sizes((queries, keys), 1)
+        k, v = cache.update(k.unsqueeze(2), v.unsqueeze(2), index)
         # The query heads of one key-value head, as if they were queries of one head.
-        q = qk.narrow(1, 0, queries).view(rows, keys, -1, width)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self._scaling)
-        return out.reshape(rows, -1)
+        q = q.view(rows, keys, -1, width)
+        x = x + self._out(attend_once(q, k, v, mask, self._scaling).reshape(rows, -1))
+        gate, up = self._up(self._mlp_norm(x)).chunk(2, dim=1)
+        return x + self._down(self._act(gate) * up)
 
 
 class LlamaWindow(LlamaStep):
@@ -214,17 +196,33 @@ class LlamaWindow(LlamaStep):
 
 
 class _WindowLayer(_Layer):
-    """One block over several tokens of each row."""
+    """One block over several tokens of each row: `new` of them."""
 
-    def _attend(
-        self, qk: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, cache: Cache, index: int
+    new = 1
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None,
+        cache: Cache,
+        index: int,
     ) -> torch.Tensor:
-        """Return what each token's heads see, [B * T, H * K]."""
-        tokens = qk.shape[0]
+        tokens, width, queries, keys = x.shape[0], self._width, self._queries, self._keys
+        heads = self._in(self._norm(x)).view(tokens, -1, width)
+        qk, v = heads.split_with_sizes((queries + keys, keys), 1)
+        if self._q_norm is not None:
+            qk = torch.cat([self._q_norm(qk[:, :queries]), self._k_norm(qk[:, queries:])], dim=1)
+        if self._rotates:
+            cos, sin = rotary
+            halves = qk.view(tokens, queries + keys, 2, -1)
+            qk = torch.addcmul(halves * cos, halves.flip(2), sin).view(tokens, -1, width)
         qk, v = (states.unflatten(0, (-1, self.new)).transpose(1, 2) for states in (qk, v))
-        q, k = qk.split([self._queries, self._keys], dim=1)
+        q, k = qk.split_with_sizes((queries, keys), 1)
         k, v = cache.update(k, v, index)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, scale=self._scaling, enable_gqa=self._queries != self._keys
+            q, k, v, attn_mask=mask, scale=self._scaling, enable_gqa=queries != keys
         )
-        return out.transpose(1, 2).reshape(tokens, -1)
+        x = x + self._out(out.transpose(1, 2).reshape(tokens, -1))
+        gate, up = self._up(self._mlp_norm(x)).chunk(2, dim=1)
+        return x + self._down(self._act(gate) * up)
