@@ -117,6 +117,8 @@ def _signed(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.T
 class _Layer:
     """One block."""
 
+    new = 1
+
     def __init__(self, layer: Any, rows: int, products: Products) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._width, self._scaling = attention.head_dim, attention.scaling
@@ -197,8 +199,6 @@ class LlamaWindow(LlamaStep):
 
 class _WindowLayer(_Layer):
     """One block over several tokens of each row: `new` of them."""
-
-    new = 1
 
     def __call__(
         self,
