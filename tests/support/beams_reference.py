@@ -59,8 +59,8 @@ def group_search(
             candidates = []
             for total, tokens in running[g]:
                 for token, value in enumerate(log_probs(tokens)):
-                    value -= diversity * chosen.count(token)
-                    candidates.append((total + value, tokens, token))
+                    less = diversity * chosen.count(token)
+                    candidates.append((total + value - less, tokens, token))
             candidates = ranked(candidates, max(2, 1 + len(ends)) * size)
             running[g] = []
             for rank, (total, tokens, token) in enumerate(candidates):
@@ -81,7 +81,7 @@ def group_search(
 
 
 class Progress:
-    """How far a text has come with phrases: done ones, the one begun, the others; each is a list of choices."""
+    """How far a text has come with phrases; each is a list of choices."""
 
     def __init__(self, phrases):
         self.left, self.done, self.begun, self.matched = list(phrases), 0, None, []
