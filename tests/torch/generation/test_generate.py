@@ -429,7 +429,6 @@ LATER = {
     "num_beam_groups": 2,
     "constraints": [1],
     "force_words_ids": [[1]],
-    "token_healing": True,
     "cache_config": {"nbits": 4},
     "return_legacy_cache": True,
     "compile_config": {"mode": "x"},
@@ -448,23 +447,6 @@ def test_what_is_not_built_yet_is_refused_by_name(toy, name, value):
     with pytest.raises(NotYetError, match=name):
         toy.generate(PROMPT)
     assert toy.calls == []
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "synced_gpus", "custom_generate",
-    ],
-)  # fmt: skip
-def test_arguments_of_what_is_not_built_yet_are_refused(toy, name):
-    with pytest.raises(NotYetError, match=f"cannot use {name} yet"):
-        toy.generate(PROMPT, **{name: "something"})
-    toy.generate(PROMPT, **{name: None}, max_new_tokens=1)
-
-
-def test_token_healing_by_hand_is_not_built_yet(toy):
-    with pytest.raises(NotYetError, match="Token healing cannot be done yet"):
-        toy.heal_tokens(PROMPT)
 
 
 def test_neutral_values_of_what_is_not_built_yet_are_fine(toy):
