@@ -72,8 +72,13 @@ _NAMES = {
         "DynamicLayer",
         "DynamicSlidingLayer",
         "EncoderDecoderCache",
+        "OffloadedLayer",
+        "QuantizedCache",
+        "QuantizedLayer",
+        "SlidingWindowCache",
         "StaticCache",
         "StaticLayer",
+        "StaticSlidingWindowLayer",
     ),
     "pretrained.torch.outputs": (
         "BaseModelOutput",

@@ -67,8 +67,13 @@ from pretrained.torch.cache import DynamicCache as DynamicCache
 from pretrained.torch.cache import DynamicLayer as DynamicLayer
 from pretrained.torch.cache import DynamicSlidingLayer as DynamicSlidingLayer
 from pretrained.torch.cache import EncoderDecoderCache as EncoderDecoderCache
+from pretrained.torch.cache import OffloadedLayer as OffloadedLayer
+from pretrained.torch.cache import QuantizedCache as QuantizedCache
+from pretrained.torch.cache import QuantizedLayer as QuantizedLayer
+from pretrained.torch.cache import SlidingWindowCache as SlidingWindowCache
 from pretrained.torch.cache import StaticCache as StaticCache
 from pretrained.torch.cache import StaticLayer as StaticLayer
+from pretrained.torch.cache import StaticSlidingWindowLayer as StaticSlidingWindowLayer
 from pretrained.torch.cache_paged import PagedCache as PagedCache
 from pretrained.torch.device_maps import compute_module_sizes as compute_module_sizes
 from pretrained.torch.device_maps import get_balanced_memory as get_balanced_memory

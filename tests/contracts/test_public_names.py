@@ -75,8 +75,9 @@ GROUPS = {
     ],
     "DistilBERT": encoder("DistilBert"),
     "callers make caches, keep them between calls, and build them from layers": words("""
-        Cache DynamicCache StaticCache EncoderDecoderCache
-        CacheLayer DynamicLayer DynamicSlidingLayer StaticLayer
+        Cache DynamicCache StaticCache SlidingWindowCache QuantizedCache EncoderDecoderCache
+        CacheLayer DynamicLayer DynamicSlidingLayer StaticLayer StaticSlidingWindowLayer QuantizedLayer
+        OffloadedLayer
         """),
     "type annotations and isinstance on what forwards return": words("""
         ModelOutput BaseModelOutput BaseModelOutputWithPast BaseModelOutputWithPastAndCrossAttentions

@@ -29,6 +29,7 @@ examples:
   pretrained demo
   pretrained run ./my-model "What is the capital of France?"
   pretrained run model.gguf - < prompt.txt
+  pretrained run ./my-model --input prompts.jsonl --output answers.jsonl
   pretrained inspect ./my-model
   pretrained plan ./my-model --max-memory 0=10GiB,cpu=30GiB --dtype bf16
   pretrained convert model.gguf ./my-model --dtype bf16

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pretrained run MODEL PROMPT``: generate text and stream it."""
+"""``pretrained run MODEL PROMPT``: generate text and stream it, or answer a file of prompts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pretrained.auto import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from pretrained.cli import run_many
 from pretrained.cli.console import Figures
 from pretrained.cli.placing import add_quantization_arguments, device_map_of, quantization_of
 from pretrained.core.budgets import parse_budget_text
@@ -29,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prompt",
         metavar="PROMPT",
         nargs="?",
-        default="-",
         help="text, or - to read standard input (the default)",
     )
     parser.add_argument("--system", metavar="TEXT", help="system message, for models with a chat template")
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print the answer only, no figures")
     add_loading_arguments(parser)
     add_generation_arguments(parser)
+    run_many.add_arguments(parser)
     parser.set_defaults(execute=run)
 
 
@@ -96,12 +97,14 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Answer one prompt.
+    """Answer one prompt, or a file of them.
 
     Args:
         options: The parsed arguments.
     """
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if options.input is not None or options.output is not None:
+        return run_many.run_many(options, load, _generation(options))
+    prompt = sys.stdin.read() if options.prompt in (None, "-") else options.prompt
     if not prompt.strip():
         raise ArgumentError("The prompt is empty", where="PROMPT", mend="Give a text, or pipe one in.")
     figures = Figures()

@@ -11,6 +11,7 @@ from pretrained.errors import GenerationError
 if TYPE_CHECKING:
     from pretrained.core.generation_config import GenerationConfig
 
+_SIZED = ("static", "sliding_window", "offloaded_static", "offloaded_hybrid", "offloaded_hybrid_chunked")
 _OUTPUT_FLAGS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
 
 
@@ -101,6 +102,8 @@ def effectless(config: GenerationConfig) -> dict[str, str]:
             found[name] = "nothing returns it; set return_dict_in_generate=True"
         elif field.group == "cache" and name != "use_cache" and not config.use_cache:
             found[name] = "there is no cache with use_cache=False"
-        elif name == "max_cache_len" and config.cache_implementation != "static":
+        elif name == "max_cache_len" and config.cache_implementation not in _SIZED:
             found[name] = 'it sizes a static cache; set cache_implementation="static"'
+        elif name == "return_legacy_cache" and not config.return_dict_in_generate:
+            found[name] = "no cache is returned; set return_dict_in_generate=True"
     return found

@@ -166,10 +166,10 @@ FIELDS: Mapping[str, Field] = {
     # cache
     "use_cache": Field(True, _flag, "cache"),
     "cache_implementation": Field(None, _anything, "cache"),
-    "cache_config": Field(None, _anything, "cache", later=True),
+    "cache_config": Field(None, _anything, "cache"),
     "max_cache_len": Field(None, _integer(1), "cache"),
     "prefill_chunk_size": Field(None, _integer(1), "cache"),
-    "return_legacy_cache": Field(None, _flag, "cache", later=True),
+    "return_legacy_cache": Field(None, _flag, "cache"),
     # sampling
     "temperature": Field(1.0, _at_least_0, "sampling"),
     "top_k": Field(50, _integer(0), "sampling"),
@@ -223,6 +223,7 @@ FIELDS: Mapping[str, Field] = {
     # runtime
     "compile_config": Field(None, _anything, "runtime", later=True),
     "disable_compile": Field(False, _flag, "runtime"),
+    "weight_copies": Field(None, _flag, "runtime"),
     "continuous_batching_config": Field(None, _settings, "runtime"),
 }
 

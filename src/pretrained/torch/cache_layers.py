@@ -7,7 +7,7 @@ Keys and values are [batch, kv_heads, length, head_dim]. See `pretrained.torch.c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -16,6 +16,9 @@ from pretrained.errors import ArgumentError, GenerationError
 UNBOUNDED = -1
 """What `get_max_length` says of a cache that grows."""
 
+UNLIMITED = 1 << 62
+"""A margin that keeps everything."""
+
 _BUCKET = 64
 
 
@@ -23,11 +26,59 @@ def _round_up(length: int) -> int:
     return -(-length // _BUCKET) * _BUCKET
 
 
+def nbytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Return how many bytes of memory tensors keep alive, shared memory counted once.
+
+    Args:
+        tensors: Tensors or views of them.
+    """
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def cannot_go_back(most: int, found: int) -> GenerationError:
+    """Return the error for a crop of a sliding layer to tokens that it has let go of.
+
+    Args:
+        most: How many tokens could be cropped.
+        found: How many were to be.
+    """
+    return GenerationError(
+        "A sliding-window cache cannot go back that far",
+        where="past_key_values",
+        expected=f"at most {max(most, 0)} tokens cropped",
+        found=found,
+        mend="Make the cache with a larger margin, or start again from the prompt.",
+    )
+
+
+def refuse_gradients(keys: torch.Tensor, values: torch.Tensor, what: str, why: str) -> None:
+    """Raise where autograd records what goes into a cache that it cannot follow.
+
+    Args:
+        keys: New keys.
+        values: New values.
+        what: The cache, for the message.
+        why: What stands in the way.
+
+    Raises:
+        GenerationError: names the mend.
+    """
+    if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+        raise GenerationError(
+            f"{what} cannot be used where gradients are recorded, as {why}",
+            where="past_key_values",
+            mend="Use torch.no_grad(), or a DynamicCache.",
+        )
+
+
 class CacheLayer(ABC):
     """The keys and values of one attention layer: the first `length` slots from `start` of two buffers."""
 
     is_sliding = False
     is_compileable = False
+    margin = UNLIMITED
+    """How many tokens can be cropped away at least; only windows let go of any."""
 
     def __init__(self) -> None:
         self._keys: torch.Tensor | None = None
@@ -36,6 +87,9 @@ class CacheLayer(ABC):
         self._length = 0
         # False while the buffers are tensors that someone else may hold: never written in place.
         self._owned = False
+        # Page-locked buffers, for layers on the CPU that an accelerator reads.
+        self._pinned = False
+        self._home: torch.device | None = None
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -77,8 +131,66 @@ class CacheLayer(ABC):
         self._start = self._length = 0
         self._owned = False
 
+    def can_crop(self, length: int) -> bool:
+        """Whether `crop` can go back to `length` tokens."""
+        return True
+
+    @property
+    def batch_size(self) -> int:
+        """Rows held, or -1 while the layer is empty."""
+        return -1 if self._keys is None else self._keys.shape[0]
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether there is memory for keys and values: since the first update, or an early allocation."""
+        return self._keys is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the layer holds, spare room included."""
+        return nbytes_of(self._tensors())
+
     def map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replace both buffers by a function of them that acts on the batch dimension."""
+        """Replace all buffers by a function of them that acts on the batch dimension."""
+        self._map(function)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let each row continue from another one; `beam_idx` [batch] says which."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`, in their order."""
+        self.map_batch(lambda buffer: buffer.index_select(0, indices.to(buffer.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row, its copies next to each other."""
+        self.map_batch(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
+
+    def offload(self) -> None:
+        """Move the layer to the CPU, until `prefetch`."""
+        tensors = self._tensors()
+        if tensors and tensors[0].device.type != "cpu":
+            self._home = tensors[0].device
+            self._map(lambda buffer: buffer.to("cpu"))
+
+    def prefetch(self) -> None:
+        """Move the layer back to where it was before `offload`."""
+        if self._home is not None:
+            home, self._home = self._home, None
+            self._map(lambda buffer: buffer.to(home, non_blocking=True))
+
+    def activate_past_recording(self) -> None:
+        """Let go of nothing from now on, so that `crop` can go back as far."""
+        self.margin = UNLIMITED
+
+    def keep_margin(self, tokens: int) -> None:
+        """From now on let at least so many tokens be cropped away again."""
+        self.margin = max(self.margin, tokens)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [] if self._keys is None or self._values is None else [self._keys, self._values]
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self._keys is not None and self._values is not None:
             self._keys, self._values = function(self._keys), function(self._values)
             self._owned = not torch.is_grad_enabled()
@@ -89,11 +201,12 @@ class CacheLayer(ABC):
         self._start, self._length, self._owned = 0, keys.shape[2], False
 
     def _check(self, key_states: torch.Tensor) -> None:
-        if self._keys is not None and key_states.shape[0] != self._keys.shape[0]:
+        held = self.batch_size
+        if held not in (-1, key_states.shape[0]):
             raise GenerationError(
                 "This cache was filled with another batch size",
                 where="past_key_values",
-                expected=f"batch {self._keys.shape[0]}",
+                expected=f"batch {held}",
                 found=f"batch {key_states.shape[0]}",
                 mend="Use cache.batch_repeat_interleave(n), cache.batch_select_indices(rows) or a new cache.",
             )
@@ -112,7 +225,10 @@ class CacheLayer(ABC):
         assert keys is not None and values is not None
         moved = []
         for old in (keys, values):
-            new = old.new_empty((old.shape[0], old.shape[1], capacity, old.shape[3]))
+            shape = (old.shape[0], old.shape[1], capacity, old.shape[3])
+            # Never inference tensors: a cache may outlive the inference mode of the step that grows it.
+            with torch.inference_mode(False):
+                new = old.new_empty(shape, pin_memory=True) if self._pinned else old.new_empty(shape)
             new.narrow(2, 0, keep).copy_(old.narrow(2, end - keep, keep))
             moved.append(new)
         self._keys, self._values = moved
@@ -170,8 +286,8 @@ class DynamicLayer(CacheLayer):
         return self._keys.narrow(2, 0, self._length), self._values.narrow(2, 0, self._length)  # type: ignore[union-attr]
 
 
-class DynamicSlidingLayer(CacheLayer):
-    """Keeps what a sliding window needs: the last ``sliding_window - 1`` tokens.
+class WindowLayer(CacheLayer):
+    """What layers with a sliding window share: they count what they have let go of.
 
     Args:
         sliding_window: How many tokens a query sees, itself included.
@@ -183,10 +299,61 @@ class DynamicSlidingLayer(CacheLayer):
     def __init__(self, sliding_window: int, margin: int = 0) -> None:
         super().__init__()
         if sliding_window < 1:
-            raise ArgumentError("sliding_window must be 1 or more", found=sliding_window)
+            raise ArgumentError(
+                "sliding_window must be 1 or more",
+                found=sliding_window,
+                mend="Leave it None for a layer that sees everything.",
+            )
         self.sliding_window = sliding_window
         self.margin = margin
         self._seen = 0
+
+    def get_seq_length(self) -> int:
+        """Return how many tokens have gone through, those let go of included."""
+        return self._seen
+
+    def get_mask_sizes(
+        self, query_length: int, cache_position: torch.Tensor | None = None
+    ) -> tuple[int, int]:
+        """Return how many keys the next update hands back, and the position of the first of them."""
+        kept = min(self._seen, self.sliding_window - 1)
+        return kept + query_length, self._seen - kept
+
+    def crop(self, length: int) -> None:
+        """Keep the first `length` tokens, if what precedes them in the window is still there.
+
+        Args:
+            length: Tokens to keep, counted from the first one ever seen.
+
+        Raises:
+            GenerationError: tokens that the window would need were let go of.
+        """
+        drop = self._seen - length
+        if drop <= 0:
+            return
+        if not self.can_crop(length):
+            raise cannot_go_back(self._length - self.sliding_window + 1, drop)
+        self._length -= drop
+        self._seen = length
+
+    def can_crop(self, length: int) -> bool:
+        """Whether what precedes the first `length` tokens in the window is still there."""
+        drop = self._seen - length
+        return drop <= 0 or self._length - drop >= min(length, self.sliding_window - 1)
+
+    def reset(self) -> None:
+        """Forget everything, memory included."""
+        super().reset()
+        self._seen = 0
+
+
+class DynamicSlidingLayer(WindowLayer):
+    """Keeps what a sliding window needs: the last ``sliding_window - 1`` tokens.
+
+    Args:
+        sliding_window: How many tokens a query sees, itself included.
+        margin: More tokens to keep, so that up to as many can be cropped away again.
+    """
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, cache_position: torch.Tensor | None = None
@@ -222,46 +389,6 @@ class DynamicSlidingLayer(CacheLayer):
         self._forget()
         return keys, values
 
-    def get_seq_length(self) -> int:
-        """Return how many tokens have gone through, those let go of included."""
-        return self._seen
-
-    def get_mask_sizes(
-        self, query_length: int, cache_position: torch.Tensor | None = None
-    ) -> tuple[int, int]:
-        """Return how many keys the next update hands back, and the position of the first of them."""
-        kept = min(self._seen, self.sliding_window - 1)
-        return kept + query_length, self._seen - kept
-
-    def crop(self, length: int) -> None:
-        """Keep the first `length` tokens, if what precedes them in the window is still there.
-
-        Args:
-            length: Tokens to keep, counted from the first one ever seen.
-
-        Raises:
-            GenerationError: tokens that the window would need were let go of.
-        """
-        drop = self._seen - length
-        if drop <= 0:
-            return
-        needed = min(length, self.sliding_window - 1)
-        if self._length - drop < needed:
-            raise GenerationError(
-                "A sliding-window cache cannot go back that far",
-                where="past_key_values",
-                expected=f"at most {max(self._length - self.sliding_window + 1, 0)} tokens cropped",
-                found=drop,
-                mend="Make the cache with a larger margin, or start again from the prompt.",
-            )
-        self._length -= drop
-        self._seen = length
-
-    def reset(self) -> None:
-        """Forget everything, memory included."""
-        super().reset()
-        self._seen = 0
-
     def _forget(self) -> None:
         kept = min(self._length, self.sliding_window - 1 + self.margin)
         if not self._owned and kept < self._length and not torch.is_grad_enabled():
@@ -283,7 +410,11 @@ class StaticLayer(CacheLayer):
     def __init__(self, max_cache_len: int) -> None:
         super().__init__()
         if max_cache_len < 1:
-            raise ArgumentError("max_cache_len must be 1 or more", found=max_cache_len)
+            raise ArgumentError(
+                "max_cache_len must be 1 or more",
+                found=max_cache_len,
+                mend="Pass the prompt's length plus max_new_tokens.",
+            )
         self.max_cache_len = max_cache_len
 
     def allocate(
@@ -292,8 +423,8 @@ class StaticLayer(CacheLayer):
         """Make the buffers, zeroed, as the first update would."""
         shape = (batch_size, num_heads, self.max_cache_len, head_dim)
         # Zeroed: a compiled step attends over the whole buffer, and 0 x NaN would be NaN behind the mask.
-        self._keys = torch.zeros(shape, dtype=dtype, device=device)
-        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        self._keys = torch.zeros(shape, dtype=dtype, device=device, pin_memory=self._pinned)
+        self._values = torch.zeros(shape, dtype=dtype, device=device, pin_memory=self._pinned)
         self._start, self._length, self._owned = 0, 0, True
 
     def update(
@@ -331,12 +462,7 @@ class StaticLayer(CacheLayer):
                 found=f"{needed} ({self._length} held and {key_states.shape[2]} new)",
                 mend=f"Make it with max_cache_len={_round_up(needed)} or more, or use a DynamicCache.",
             )
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            raise GenerationError(
-                "A static cache cannot be used where gradients are recorded, as it is written in place",
-                where="past_key_values",
-                mend="Use torch.no_grad(), or a DynamicCache.",
-            )
+        refuse_gradients(key_states, value_states, "A static cache", "it is written in place")
         if not self._writable(needed):
             self._move(self.max_cache_len, self._length)
         self._write(key_states, value_states)
@@ -359,7 +485,7 @@ class StaticLayer(CacheLayer):
     def map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace both buffers by a function of them, at their old address where the shape allows it."""
         keys, values = self._keys, self._values
-        super().map_batch(function)
+        self._map(function)
         if keys is not None and keys.shape == self._keys.shape:  # type: ignore[union-attr]
             self._keys, self._values = keys.copy_(self._keys), values.copy_(self._values)  # type: ignore[union-attr,arg-type]
 

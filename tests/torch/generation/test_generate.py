@@ -429,10 +429,7 @@ LATER = {
     "num_beam_groups": 2,
     "constraints": [1],
     "force_words_ids": [[1]],
-    "cache_config": {"nbits": 4},
-    "return_legacy_cache": True,
     "compile_config": {"mode": "x"},
-    "cache_implementation": "quantized",
     "use_mtp": True,
 }
 

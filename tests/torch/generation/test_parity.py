@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 
+from pretrained.arch.gpt2 import GPT2Config
 from pretrained.arch.llama import LlamaConfig
 from pretrained.arch.t5 import T5Config
 from pretrained.core.generation_config import GenerationConfig
@@ -13,6 +14,7 @@ from pretrained.torch.cache import DynamicCache, StaticCache
 from pretrained.torch.generation import mixin
 from pretrained.torch.generation.logits import LogitsProcessor
 from pretrained.torch.generation.stopping import MaxLengthCriteria
+from pretrained.torch.models.gpt2 import GPT2LMHeadModel
 from pretrained.torch.models.llama import LlamaForCausalLM
 from pretrained.torch.models.mistral import MistralForCausalLM
 from pretrained.torch.models.t5 import T5ForConditionalGeneration
@@ -66,6 +68,12 @@ def mistral():
 @pytest.fixture(scope="module")
 def t5():
     return build(T5ForConditionalGeneration, T5Config(**T5_SIZES))
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    sizes = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    return build(GPT2LMHeadModel, GPT2Config(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2))
 
 
 def prompt(rows=3, length=8, seed=0, low=3):
@@ -282,8 +290,8 @@ EXTRAS = {
 }
 
 
-@pytest.mark.parametrize("name", ["greedy", "ends", "sample, all filters", "no cache"])
-@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("name", ["greedy", "ends", "sample, all filters", "several", "no cache"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
 def test_everything_that_can_be_returned(family, name, request):
     ours, theirs = request.getfixturevalue(family)
     settings = {**SETTINGS[name], **EXTRAS, "max_new_tokens": 6}

@@ -7,7 +7,9 @@ import threading
 
 import pytest
 import torch
+import transformers
 
+from pretrained import AutoTokenizer
 from pretrained.errors import GenerationError
 from pretrained.torch.generation.streamers import (
     AsyncTextIteratorStreamer,
@@ -75,6 +77,68 @@ class LeadingSpace:
 def test_a_space_after_a_line_is_kept():
     pieces = feed(Collector(LeadingSpace()), b"a\n b")
     assert "".join(text for text, _ in pieces) == "a\n b"
+
+
+class Cleaning:
+    """Takes the space before a full stop back, as decoders that clean up do."""
+
+    def decode(self, ids):
+        return bytes(ids).decode().replace(" .", ".")
+
+
+def test_text_that_shrinks_loses_nothing():
+    pieces = feed(Collector(Cleaning()), b"one .two . three")
+    assert "".join(text for text, _ in pieces) == "one .two . three"
+    assert [text for text, _ in pieces] == ["one ", ".two ", ". ", "three"]
+
+
+class Theirs(transformers.TextStreamer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.pieces = []
+
+    def on_finalized_text(self, text, stream_end=False):
+        self.pieces.append((text, stream_end))
+
+
+TEXTS = {
+    "words": "The three primary colours are red, blue and yellow. They mix.",
+    "lines": "def f(x):\n    return x\n\n\nprint(f(1))\n",
+    "chinese": "北京是中国的首都。 ok 上海",
+    "japanese": "ひらがなとカタカナと漢字",
+    "korean": "안녕하세요 세계",
+    "emoji": "Well 👩\u200d💻 done 🎉🎉",
+    "accents": "naïve café Ünïcödé",
+    "spaces": "  a   b \t c  ",
+    "nothing": "",
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2_gguf):
+    return AutoTokenizer.from_pretrained(smollm2_gguf)
+
+
+@pytest.mark.realweights
+@pytest.mark.parametrize("skip_prompt", [False, True])
+@pytest.mark.parametrize("kwargs", [{}, {"skip_special_tokens": True}], ids=["special", "plain"])
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+def test_the_whole_text_is_that_of_transformers(tokenizer, text, kwargs, skip_prompt):
+    prompt = tokenizer("<|im_start|>user\nHello there")["input_ids"]
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    ours, theirs = (kind(tokenizer, skip_prompt, **kwargs) for kind in (Collector, Theirs))
+    for streamer in (ours, theirs):
+        streamer.put(torch.tensor([prompt]))
+        for token in ids:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+    found = "".join(piece for piece, _ in ours.pieces)
+    assert found == "".join(piece for piece, _ in theirs.pieces)
+    assert found == tokenizer.decode(ids if skip_prompt else prompt + ids, **kwargs)
+    assert [end for _, end in ours.pieces].count(True) == 1 and ours.pieces[-1][1]
+    assert "\ufffd" not in found
+    # Never later than there: what is out after each token is at least as much.
+    assert len(ours.pieces) <= len(theirs.pieces)
 
 
 def test_text_is_printed(capsys):

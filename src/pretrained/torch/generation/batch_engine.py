@@ -293,7 +293,8 @@ class BatchEngine:
                 row.output.logprobs.append(float(probabilities[index]))
             if row.output.timestamps is not None:
                 row.output.timestamps.append(now)
-            if self._is_finished(row, now):
+            row.output.finish_reason = _reason_to_end(row, now)
+            if row.output.finish_reason is not None:
                 self.running.remove(row)
                 self._end(row, RequestStatus.FINISHED)
 
@@ -324,13 +325,6 @@ class BatchEngine:
 
     # -- ends ------------------------------------------------------------------------------------
 
-    def _is_finished(self, row: Row, now: float) -> bool:
-        if len(row.tokens) >= row.max_length or row.tokens[-1] in row.ends:
-            return True
-        if row.max_time is not None and now - row.output.lifespan[0] > row.max_time:
-            return True
-        return row.stops is not None and row.stops.completed(row.tokens)
-
     def _end(self, row: Row, status: RequestStatus, error: BaseException | None = None) -> None:
         # What a failed row left in its pages may be no numbers.
         self._release(row, forget=status is RequestStatus.FAILED and bool(row.pages))
@@ -338,6 +332,16 @@ class BatchEngine:
         row.output.lifespan = (row.output.lifespan[0], time.perf_counter())
         if error is not None:
             row.output.error = f"{type(error).__name__}: {error}"
+
+
+def _reason_to_end(row: Row, now: float) -> str | None:
+    """Return why a row ends with its last token, or None where it does not."""
+    if row.tokens[-1] in row.ends or (row.stops is not None and row.stops.completed(row.tokens)):
+        return "stop"
+    if len(row.tokens) >= row.max_length:
+        return "length"
+    is_late = row.max_time is not None and now - row.output.lifespan[0] > row.max_time
+    return "time" if is_late else None
 
 
 def refuse_model(model: Any) -> None:

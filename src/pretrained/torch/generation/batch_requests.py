@@ -70,6 +70,7 @@ class GenerationOutput:
         created_time: ``time.perf_counter()`` when it was made.
         lifespan: The same when it began to run and when it ended; -1 before.
         timestamps: The same for each new token, where asked for.
+        finish_reason: ``"stop"`` at a token or text that ends it, ``"length"``, ``"time"``, or None.
         text: The new tokens as text, without special tokens, where there is a tokenizer.
     """
 
@@ -82,6 +83,7 @@ class GenerationOutput:
     created_time: float = field(default_factory=time.perf_counter)
     lifespan: tuple[float, float] = (-1.0, -1.0)
     timestamps: list[float] | None = None
+    finish_reason: str | None = None
     text: str | None = None
 
     def is_finished(self) -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from pretrained.core.generation_config import GenerationConfig, GenerationMode
 from pretrained.errors import GenerationError
-from pretrained.torch.cache import Cache, EncoderDecoderCache
+from pretrained.torch.cache import Cache, as_cache
 from pretrained.torch.generation.checks import check_batch, check_embeds, check_ids, check_mask, vocabulary
 from pretrained.torch.generation.settings import Lengths, parameters, settle_lengths
 from pretrained.torch.outputs import BaseModelOutput, ModelOutput
@@ -215,9 +215,7 @@ def _decoder_mask(
 def _check_cache(cache: Any, config: GenerationConfig) -> Cache | None:
     if cache is None:
         return None
-    if isinstance(cache, tuple | list):
-        kind = EncoderDecoderCache if cache and len(cache[0]) == 4 else Cache
-        cache = kind.from_legacy_cache(cache)
+    cache = as_cache(cache)
     if not isinstance(cache, Cache):
         raise GenerationError(
             "past_key_values has the wrong type",
@@ -405,7 +403,10 @@ def repeat_rows(value: Any, batch: int, times: int) -> Any:
     if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == batch:
         return value.repeat_interleave(times, dim=0)
     if isinstance(value, ModelOutput):
-        return type(value)(**{name: repeat_rows(item, batch, times) for name, item in value.items()})
+        # States and attentions of each layer are a record of the prompts, and stay one row for each of them.
+        return type(value)(
+            **{k: v if isinstance(v, tuple) else repeat_rows(v, batch, times) for k, v in value.items()}
+        )
     if isinstance(value, tuple):
         return tuple(repeat_rows(item, batch, times) for item in value)
     return value

@@ -14,15 +14,11 @@ import torch
 
 from pretrained.core.generation_config import GenerationConfig
 from pretrained.errors import GenerationError
-from pretrained.torch.cache import (
-    Cache,
-    DynamicCache,
-    DynamicSlidingLayer,
-    EncoderDecoderCache,
-    StaticCache,
-)
+from pretrained.torch.cache import Cache
+from pretrained.torch.generation.caches import make_cache
 from pretrained.torch.generation.inputs import GenerationInputs, repeat_rows
 from pretrained.torch.generation.settings import parameters
+from pretrained.torch.steps.common import DecodeStep, find_step, run_step
 
 
 class Sequences:
@@ -92,12 +88,15 @@ class Decoder:
         self._positions_name = f"{prefix}position_ids"
         self._takes_positions = self._positions_name in takes
         self._chunk = config.prefill_chunk_size
+        self._config, self._new_tokens = config, new_tokens
         cached = config.use_cache and "past_key_values" in takes
-        self.cache = _make_cache(model, inputs, config, new_tokens, margin) if cached else None
+        self.cache = make_cache(model, inputs, config, new_tokens, margin) if cached else None
         self._token_types: torch.Tensor | None = inputs.extra.get("token_type_ids")
         self._fixed = self._fixed_arguments(config, takes)
         self._mask = self._open_mask(new_tokens)
         self._positions: torch.Tensor | None = None
+        self._fast: DecodeStep | None = None
+        self._fast_rows = -1
         # Tokens that the model has seen, or would have without a cache.
         self._seen = inputs.past_length + max(inputs.input_ids.shape[1], _embeds_length(inputs))
 
@@ -121,12 +120,18 @@ class Decoder:
         self._seen += 1
         if self.cache is None:
             return self._again(sequences.ids)
-        arguments = dict(self._fixed)
-        arguments[self._ids_name] = tokens[:, None]
-        if self._mask is not None:
-            arguments[self._mask_name] = self._mask[:, : self._seen]
+        mask = None if self._mask is None else self._mask[:, : self._seen]
         if self._positions is not None:
             self._positions = self._positions + 1
+        if tokens.shape[0] != self._fast_rows:
+            self._fast, self._fast_rows = self._fast_step(tokens.shape[0]), tokens.shape[0]
+        if self._fast is not None:
+            return run_step(self.model, self._fast, self.cache, tokens, self._seen - 1, self._positions, mask)
+        arguments = dict(self._fixed)
+        arguments[self._ids_name] = tokens[:, None]
+        if mask is not None:
+            arguments[self._mask_name] = mask
+        if self._positions is not None:
             arguments[self._positions_name] = self._positions
         return self.model(**arguments)
 
@@ -206,6 +211,18 @@ class Decoder:
         if self.cache is not None:
             self.cache.crop(-tokens)
 
+    def _fast_step(self, rows: int) -> DecodeStep | None:
+        """Return what stands in for the model's forward from now on, or None where nothing may."""
+        ours = {"return_dict", "use_cache", "past_key_values", "logits_to_keep"}
+        if self._inputs.encoder_outputs is not None:
+            ours |= {"encoder_outputs", "attention_mask"}
+        if not ours.issuperset(self._fixed) or self._fixed.get("logits_to_keep", 1) != 1:
+            return None
+        assert self.cache is not None
+        encoder_mask = self._fixed.get("attention_mask")
+        copies, steps = self._config.weight_copies, self._new_tokens
+        return find_step(self.model, rows, self.cache, copies, steps, encoder_mask)
+
     def fork(self, model: Any, cache: Cache | None) -> Decoder:
         """Return a decoder that goes on from here with another model and cache; this one stays as it is.
 
@@ -215,6 +232,7 @@ class Decoder:
         """
         other = copy.copy(self)
         other.model, other.cache = model, cache
+        other._fast, other._fast_rows = None, -1
         other._fixed = {name: value for name, value in self._fixed.items() if not name.startswith("output_")}
         if cache is not None:
             other._fixed["past_key_values"] = cache
@@ -434,40 +452,8 @@ def keep_room(cache: Cache, tokens: int) -> None:
         cache: The cache, before these tokens.
         tokens: How many there will be.
     """
-    for layer in cache.layers:
-        if isinstance(layer, DynamicSlidingLayer):
-            layer.margin = max(layer.margin, tokens)
+    cache.keep_margin(tokens)
 
 
 def _embeds_length(inputs: GenerationInputs) -> int:
     return 0 if inputs.inputs_embeds is None else inputs.inputs_embeds.shape[1]
-
-
-def _make_cache(
-    model: Any, inputs: GenerationInputs, config: GenerationConfig, new_tokens: int, margin: int
-) -> Cache:
-    if inputs.cache is not None:
-        _check_room(inputs.cache, inputs, new_tokens)
-        return inputs.cache
-    if config.cache_implementation == "static":
-        # The last new token is never fed back.
-        length = max(inputs.input_ids.shape[1], _embeds_length(inputs)) + new_tokens - 1
-        own: Cache = StaticCache(model.config, max(length, config.max_cache_len or 1))
-    else:
-        own = DynamicCache(model.config, margin=margin)
-    if model.config.is_encoder_decoder:
-        return EncoderDecoderCache(own, DynamicCache())
-    return own
-
-
-def _check_room(cache: Cache, inputs: GenerationInputs, new_tokens: int) -> None:
-    room, used = cache.get_max_length(), inputs.past_length
-    needed = used + max(inputs.input_ids.shape[1], _embeds_length(inputs)) + new_tokens - 1
-    if 0 <= room < needed:
-        raise GenerationError(
-            "The cache has no room for the whole sequence",
-            where="past_key_values",
-            expected=f"max_cache_len={needed} or more",
-            found=room,
-            mend="Make a larger StaticCache, pass a smaller max_new_tokens, or use a DynamicCache.",
-        )

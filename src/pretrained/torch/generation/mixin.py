@@ -19,6 +19,7 @@ from pretrained.errors import NotYetError
 from pretrained.torch.cache import Cache
 from pretrained.torch.generation import strategies
 from pretrained.torch.generation.batch_mixin import BatchGenerationMixin
+from pretrained.torch.generation.caches import check_cache
 from pretrained.torch.generation.contrastive import contrastive
 from pretrained.torch.generation.custom import check_custom, load_custom, run_custom, take_own_arguments
 from pretrained.torch.generation.demands import check_demands
@@ -170,6 +171,7 @@ class GenerationMixin(BatchGenerationMixin):
             strategy = functools.partial(run_custom, custom_generate, own, more)
         if strategy is None:
             raise NotYetError(f"{mode.value} cannot be run yet", mend=RELEASE)
+        check_cache(config)
         check_files(self)
         prepared = prepare_inputs(self, config, inputs, model_inputs)
         if config.token_healing:
@@ -223,7 +225,10 @@ class GenerationMixin(BatchGenerationMixin):
         sequences = run.sequences.ids.contiguous()
         if not config.return_dict_in_generate:
             return sequences
-        return run.recorder.output(sequences, prepared, run.decoder.cache)
+        cache: Any = run.decoder.cache
+        if config.return_legacy_cache and cache is not None:
+            cache = cache.to_legacy_cache()
+        return run.recorder.output(sequences, prepared, cache)
 
     def prepare_inputs_for_generation(
         self,

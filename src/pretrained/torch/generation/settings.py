@@ -18,12 +18,8 @@ logger = logging.getLogger("pretrained.generation")
 
 RELEASE = "It comes with the generation release."
 
-_CACHES_NOW = (None, "dynamic", "static")
-_CACHES_LATER = ("offloaded", "offloaded_static", "quantized", "sliding_window")
-
 _INSTEAD = {
     "num_beams": "Until then pass num_beams=1 for greedy decoding.",
-    "return_legacy_cache": "Call to_legacy_cache() on the returned past_key_values.",
     "low_memory": "Leave it out.",
 }
 
@@ -97,26 +93,6 @@ def _refuse_later(config: GenerationConfig, by_user: set[str]) -> None:
     for name, field in FIELDS.items():
         if field.later and not _neutral(name, getattr(config, name)):
             raise _not_yet(name, getattr(config, name))
-    if config.cache_implementation == "hybrid":
-        # An old name in files of models with sliding layers, which the growing cache serves.
-        del config.cache_implementation
-    name = config.cache_implementation
-    if name == "paged":
-        raise GenerationError(
-            "Pages serve many requests at once, and generate() answers one batch",
-            where="cache_implementation",
-            found="'paged'",
-            mend="Call generate_batch() with the prompts, without padding; or leave it out.",
-        )
-    if name in _CACHES_LATER:
-        raise _not_yet("cache_implementation", name, 'Until then use "dynamic" or "static".')
-    if name not in _CACHES_NOW:
-        raise GenerationError(
-            f"There is no cache_implementation {name!r}",
-            where="cache_implementation",
-            expected='"dynamic" or "static"',
-            mend=did_you_mean(str(name), ("dynamic", "static", *_CACHES_LATER)) or None,
-        )
 
 
 def _neutral(name: str, value: Any) -> bool:

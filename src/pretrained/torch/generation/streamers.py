@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import queue
 import unicodedata
 from collections.abc import AsyncIterator, Iterator
@@ -52,7 +53,9 @@ class TextStreamer(BaseStreamer):
         self.skip_prompt = skip_prompt
         self.decode_kwargs = decode_kwargs
         self._ids: list[int] = []
+        # How much of the text of these was handed on, and what it was.
         self._sent = 0
+        self._said = ""
         self._prompt_is_next = True
 
     def put(self, value: torch.Tensor) -> None:
@@ -77,20 +80,26 @@ class TextStreamer(BaseStreamer):
                 return
         self._ids.extend(value.reshape(-1).tolist())
         text = self._text()
+        self._step_back(text)
         ready = _settled(text)
         if ready > self._sent:
             self.on_finalized_text(text[self._sent : ready])
-            self._sent = ready
+            self._sent, self._said = ready, text[:ready]
         if text.endswith("\n"):
             # Nothing after a line's end changes what is before it: start over, so that decoding stays short.
             # One token stays: some tokenizers drop a space at the very beginning.
             self._ids = self._ids[-1:]
-            self._sent = len(self._text())
+            self._said = self._text()
+            self._sent = len(self._said)
 
     def end(self) -> None:
         """Hand on the rest."""
-        rest = self._text()[self._sent :] if self._ids else ""
-        self._ids, self._sent, self._prompt_is_next = [], 0, True
+        rest = ""
+        if self._ids:
+            text = self._text()
+            self._step_back(text)
+            rest = text[self._sent :]
+        self._ids, self._sent, self._said, self._prompt_is_next = [], 0, "", True
         self.on_finalized_text(rest, stream_end=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -101,6 +110,13 @@ class TextStreamer(BaseStreamer):
             stream_end: Whether it is the last.
         """
         print(text, flush=True, end="\n" if stream_end else "")
+
+    def _step_back(self, text: str) -> None:
+        """Go on from where the text is still the same: some decoders take a space back before a full stop."""
+        if not text.startswith(self._said):
+            same = zip(text, self._said, strict=False)
+            self._sent = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], same))
+            self._said = text[: self._sent]
 
     def _text(self) -> str:
         return str(self.tokenizer.decode(self._ids, **self.decode_kwargs))

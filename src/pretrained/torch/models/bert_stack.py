@@ -12,7 +12,7 @@ import torch
 
 from pretrained.arch.bert import BertConfig
 from pretrained.errors import ArgumentError
-from pretrained.torch.cache import Cache, DynamicCache, EncoderDecoderCache
+from pretrained.torch.cache import Cache, DynamicCache, EncoderDecoderCache, as_cache
 from pretrained.torch.inputs import embed_tokens, flags
 from pretrained.torch.masks import causal_mask, padding_mask
 from pretrained.torch.model import PreTrainedModel
@@ -83,6 +83,7 @@ class BertStack(PreTrainedModel):
         )
         encoder_mask = self._encoder_mask(encoder_hidden_states, encoder_attention_mask)
         embeds = embed_tokens(self.embeddings.word_embeddings, input_ids, inputs_embeds)
+        past_key_values = as_cache(past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = self._new_cache(encoder_hidden_states is not None)
         mask, distances = self._mask(embeds, attention_mask, past_key_values, cache_position)

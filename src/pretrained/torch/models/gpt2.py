@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from pretrained.arch import gpt2 as arch
 from pretrained.errors import ArgumentError
-from pretrained.torch.cache import Cache, DynamicCache, EncoderDecoderCache
+from pretrained.torch.cache import Cache, DynamicCache, EncoderDecoderCache, as_cache
 from pretrained.torch.generation.mixin import GenerationMixin
 from pretrained.torch.heads import (
     ForQuestionAnswering,
@@ -38,6 +38,7 @@ from pretrained.torch.outputs import (
     Tensors,
     finish,
 )
+from pretrained.torch.steps.gpt2 import GPT2Step
 
 
 class GPT2PreTrainedModel(PreTrainedModel):
@@ -121,7 +122,7 @@ class GPT2Model(GPT2PreTrainedModel):
         )
         encoder_mask = self._encoder_mask(encoder_hidden_states, encoder_attention_mask)
         x = embed_tokens(self.wte, input_ids, inputs_embeds)
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache(as_cache(past_key_values), use_cache)
         first, positions = new_positions(x, cache, cache_position, position_ids)
         counted = position_ids is None and cache_position is None
         self._check_positions(first + x.shape[1] if counted else None, positions)
@@ -227,6 +228,7 @@ class GPT2Model(GPT2PreTrainedModel):
 class GPT2LMHeadModel(GPT2PreTrainedModel, GenerationMixin):
     """The decoder with a language-model head."""
 
+    _decode_step = GPT2Step
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
 
     def __init__(self, config: arch.GPT2Config) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from pretrained.arch import llama as arch
 from pretrained.torch.attention import attend
-from pretrained.torch.cache import Cache, DynamicCache
+from pretrained.torch.cache import Cache, DynamicCache, as_cache
 from pretrained.torch.generation.mixin import GenerationMixin
 from pretrained.torch.heads import (
     ForQuestionAnswering,
@@ -29,6 +29,7 @@ from pretrained.torch.model import PreTrainedModel
 from pretrained.torch.nn import RMSNorm, RotaryEmbedding, activation, rotate
 from pretrained.torch.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, finish
 from pretrained.torch.pruning import HeadParts
+from pretrained.torch.steps.llama import LlamaStep
 
 
 class LlamaMLP(nn.Module):
@@ -199,6 +200,7 @@ class LlamaModel(LlamaPreTrainedModel):
             return_dict,
         )
         x = embed_tokens(self.embed_tokens, input_ids, inputs_embeds)
+        past_key_values = as_cache(past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         first, position_ids = new_positions(x, past_key_values, cache_position, position_ids)
@@ -256,6 +258,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
     """The decoder with a language-model head."""
 
     _base_class = LlamaModel
+    _decode_step = LlamaStep
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: arch.LlamaConfig) -> None:

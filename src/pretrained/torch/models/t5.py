@@ -26,6 +26,7 @@ from pretrained.torch.outputs import (
     TokenClassifierOutput,
     finish,
 )
+from pretrained.torch.steps.t5 import T5Step
 
 
 class T5Model(T5EncoderDecoder):
@@ -87,6 +88,7 @@ class T5Model(T5EncoderDecoder):
 class T5ForConditionalGeneration(T5EncoderDecoder, GenerationMixin):
     """Encoder and decoder with a language-model head."""
 
+    _decode_step = T5Step
     _tied_weights_keys: ClassVar[Mapping[str, str]] = {
         **T5EncoderDecoder._tied_weights_keys,
         "lm_head.weight": "shared.weight",
