@@ -129,6 +129,26 @@ def run_custom(function: Callable[..., Any], own: dict[str, Any], more: dict[str
     )
 
 
+def run_loaded(
+    model: Any,
+    name: str | Path,
+    trust_remote_code: bool | None,
+    given: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Load a function with `load_custom`, call it with the arguments of `generate`, and return its result.
+
+    Args:
+        model: The model.
+        name: Hub id or folder.
+        trust_remote_code: Whether the call allows that the function's file runs.
+        given: Arguments of `generate`; those that are None are left out.
+        kwargs: Its further arguments; hub arguments are taken out.
+    """
+    function = load_custom(name, model, trust_remote_code, kwargs)
+    return function(model=model, **{n: v for n, v in given.items() if v is not None}, **kwargs)
+
+
 def _named(function: Callable[..., Any]) -> list[str]:
     found = list(inspect.signature(function).parameters.values())
     # The first two are the model and the ids, whatever they are called.

@@ -17,11 +17,18 @@ import torch
 from pretrained.core.generation_config import GenerationConfig, GenerationMode
 from pretrained.errors import NotYetError
 from pretrained.torch.cache import Cache
-from pretrained.torch.generation import strategies
+from pretrained.torch.generation import beams, strategies
 from pretrained.torch.generation.batch_mixin import BatchGenerationMixin
 from pretrained.torch.generation.caches import check_cache
+from pretrained.torch.generation.checks import check_beams
 from pretrained.torch.generation.contrastive import contrastive
-from pretrained.torch.generation.custom import check_custom, load_custom, run_custom, take_own_arguments
+from pretrained.torch.generation.custom import (
+    check_custom,
+    load_custom,
+    run_custom,
+    run_loaded,
+    take_own_arguments,
+)
 from pretrained.torch.generation.demands import check_demands
 from pretrained.torch.generation.dola import dola
 from pretrained.torch.generation.drafting import Drafting, build_candidates, check_drafting
@@ -48,6 +55,10 @@ logger = logging.getLogger("pretrained.generation")
 _STRATEGIES: dict[GenerationMode, Callable[[strategies.Run], None]] = {
     GenerationMode.GREEDY_SEARCH: strategies.greedy,
     GenerationMode.SAMPLE: strategies.sample,
+    GenerationMode.BEAM_SEARCH: beams.beam_search,
+    GenerationMode.BEAM_SAMPLE: beams.beam_search,
+    GenerationMode.GROUP_BEAM_SEARCH: beams.group_beam_search,
+    GenerationMode.CONSTRAINED_BEAM_SEARCH: beams.constrained_beam_search,
     GenerationMode.CONTRASTIVE_SEARCH: contrastive,
     GenerationMode.DOLA_GENERATION: dola,
     GenerationMode.ASSISTED_GENERATION: speculative,
@@ -145,8 +156,7 @@ class GenerationMixin(BatchGenerationMixin):
                 "tokenizer": tokenizer,
                 "assistant_tokenizer": assistant_tokenizer,
             }
-            function = load_custom(custom_generate, self, trust_remote_code, kwargs)
-            return function(model=self, **_set(given), **kwargs)
+            return run_loaded(self, custom_generate, trust_remote_code, given, kwargs)
         own = take_own_arguments(custom_generate, self, kwargs)
         config, model_inputs, by_user = settle(self, generation_config, kwargs, use_model_defaults)
         mode = config.get_generation_mode(assistant_model)
@@ -173,6 +183,7 @@ class GenerationMixin(BatchGenerationMixin):
             raise NotYetError(f"{mode.value} cannot be run yet", mend=RELEASE)
         check_cache(config)
         check_files(self)
+        check_beams(self, config)
         prepared = prepare_inputs(self, config, inputs, model_inputs)
         if config.token_healing:
             prepared = for_healing(prepared)
@@ -311,10 +322,6 @@ class GenerationMixin(BatchGenerationMixin):
             FileError: there is no such file.
         """
         return load_custom(pretrained_model_name_or_path, self, trust_remote_code, dict(kwargs))
-
-
-def _set(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def _padding(config: GenerationConfig) -> int | None:
