@@ -479,7 +479,6 @@ def test_bad_input_is_refused_before_the_first_forward(toy, arguments, text):
 
 
 LATER = {
-    "compile_config": {"mode": "x"},
     "use_mtp": True,
 }
 
