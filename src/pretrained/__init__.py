@@ -24,6 +24,7 @@ _NAMES = {
         "UnknownArgumentError",
         "WeightsError",
     ),
+    "pretrained.core.compiling": ("CompileConfig",),
     "pretrained.core.config": ("PreTrainedConfig", "PretrainedConfig"),
     "pretrained.core.constraints": (
         "Constraint",
@@ -186,6 +187,8 @@ _NAMES = {
         "StoppingCriteria",
         "StoppingCriteriaList",
     ),
+    "pretrained.torch.generation.prefixes": ("PrefixCache",),
+    "pretrained.torch.generation.turns": ("TurnCache",),
     "pretrained.torch.generation.streamers": (
         "AsyncTextIteratorStreamer",
         "BaseStreamer",

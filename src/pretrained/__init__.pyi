@@ -31,6 +31,7 @@ from pretrained.auto import AutoModelForTextEncoding as AutoModelForTextEncoding
 from pretrained.auto import AutoModelForTokenClassification as AutoModelForTokenClassification
 from pretrained.auto import AutoModelWithLMHead as AutoModelWithLMHead
 from pretrained.core.batching_config import ContinuousBatchingConfig as ContinuousBatchingConfig
+from pretrained.core.compiling import CompileConfig as CompileConfig
 from pretrained.core.config import PreTrainedConfig as PreTrainedConfig
 from pretrained.core.config import PretrainedConfig as PretrainedConfig
 from pretrained.core.constraints import Constraint as Constraint
@@ -127,6 +128,7 @@ from pretrained.torch.generation.outputs import GreedySearchDecoderOnlyOutput as
 from pretrained.torch.generation.outputs import GreedySearchEncoderDecoderOutput as GreedySearchEncoderDecoderOutput
 from pretrained.torch.generation.outputs import SampleDecoderOnlyOutput as SampleDecoderOnlyOutput
 from pretrained.torch.generation.outputs import SampleEncoderDecoderOutput as SampleEncoderDecoderOutput
+from pretrained.torch.generation.prefixes import PrefixCache as PrefixCache
 from pretrained.torch.generation.stopping import ConfidenceCriteria as ConfidenceCriteria
 from pretrained.torch.generation.stopping import EosTokenCriteria as EosTokenCriteria
 from pretrained.torch.generation.stopping import MaxLengthCriteria as MaxLengthCriteria
@@ -138,6 +140,7 @@ from pretrained.torch.generation.streamers import AsyncTextIteratorStreamer as A
 from pretrained.torch.generation.streamers import BaseStreamer as BaseStreamer
 from pretrained.torch.generation.streamers import TextIteratorStreamer as TextIteratorStreamer
 from pretrained.torch.generation.streamers import TextStreamer as TextStreamer
+from pretrained.torch.generation.turns import TurnCache as TurnCache
 from pretrained.torch.generation.warpers import EpsilonLogitsWarper as EpsilonLogitsWarper
 from pretrained.torch.generation.warpers import EtaLogitsWarper as EtaLogitsWarper
 from pretrained.torch.generation.warpers import MinPLogitsWarper as MinPLogitsWarper

@@ -77,7 +77,7 @@ GROUPS = {
     "callers make caches, keep them between calls, and build them from layers": words("""
         Cache DynamicCache StaticCache SlidingWindowCache QuantizedCache EncoderDecoderCache
         CacheLayer DynamicLayer DynamicSlidingLayer StaticLayer StaticSlidingWindowLayer QuantizedLayer
-        OffloadedLayer
+        OffloadedLayer TurnCache PrefixCache
         """),
     "type annotations and isinstance on what forwards return": words("""
         ModelOutput BaseModelOutput BaseModelOutputWithPast BaseModelOutputWithPastAndCrossAttentions
@@ -87,7 +87,7 @@ GROUPS = {
         Seq2SeqQuestionAnsweringModelOutput Seq2SeqSequenceClassifierOutput SequenceClassifierOutput
         SequenceClassifierOutputWithPast TokenClassifierOutput
         """),
-    "settings of generate": ["GenerationConfig", "GenerationMode"],
+    "settings of generate": ["GenerationConfig", "GenerationMode", "CompileConfig"],
     "placing any module, under the names of accelerate": words("""
         init_empty_weights infer_auto_device_map compute_module_sizes get_max_memory get_balanced_memory
         load_checkpoint_in_model load_checkpoint_and_dispatch dispatch_model cpu_offload disk_offload

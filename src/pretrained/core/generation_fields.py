@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pretrained.core.compiling import wrong_compile_config
 from pretrained.core.watermarking import wrong_watermark
 
 Check = Callable[[Any], str | None]
@@ -177,7 +178,7 @@ FIELDS: Mapping[str, Field] = {
     "speculation_type": Field(None, _anything, "strategy", later=True),
     "prompt_lookup_num_tokens": Field(None, _integer(1), "strategy"),
     "assistant_early_exit": Field(None, _integer(1), "strategy"),
-    "token_healing": Field(False, _flag, "strategy", later=True),
+    "token_healing": Field(False, _flag, "strategy"),
     "watermarking_config": Field(None, wrong_watermark, "strategy"),
     "low_memory": Field(None, _flag, "strategy"),
     "early_stopping": Field(False, _one_of(True, False, "never"), "beams"),
@@ -241,7 +242,8 @@ FIELDS: Mapping[str, Field] = {
         None, _number("a number between 0 and 1", lambda value: 0 < value < 1), "assistant"
     ),
     # runtime
-    "compile_config": Field(None, _anything, "runtime", later=True),
+    "compile": Field(False, _flag, "runtime"),
+    "compile_config": Field(None, wrong_compile_config, "runtime"),
     "disable_compile": Field(False, _flag, "runtime"),
     "weight_copies": Field(None, _flag, "runtime"),
     "continuous_batching_config": Field(None, _settings, "runtime"),

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pretrained.torch.cache import Cache
 from pretrained.torch.mapped_mixin import check_files
+from pretrained.torch.packed_products import packed_product
 from pretrained.torch.products import Form, Product, choose, make_product
 from pretrained.torch.weight_copies import WeightCopies, copies_of
 
@@ -169,8 +170,12 @@ class Products:
             *layers: `nn.Linear`, or layers with a method ``decode_product(rows)``.
         """
         if not all(type(layer) is nn.Linear for layer in layers):
-            return _beside([_own_product(layer, self._rows) for layer in layers])
+            joined = packed_product(layers, self._rows)
+            return joined or _beside([self._own(layer) for layer in layers])
         return self.dense([layer.weight for layer in layers], [layer.bias for layer in layers])
+
+    def _own(self, layer: Any) -> Product:
+        return packed_product([layer], self._rows) or _own_product(layer, self._rows)
 
     def transposed(self, layer: Any) -> Product:
         """Return the product of a `Conv1D`, whose weight is stored [in, out].
@@ -239,6 +244,26 @@ def _joined(weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> t
         for weight, bias in zip(weights, biases, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def attend_once(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Return the attention of one new token of each row, shaped like its queries.
+
+    Args:
+        q: [rows, key heads, queries of each, channels]: heads that share a key head stand as its queries.
+        k: [rows, key heads, length, channels].
+        v: The same shape.
+        mask: Booleans or numbers, broadcastable to [rows, key heads, queries of each, length]; None for none.
+        scale: Factor on the scores.
+    """
+    if q.dtype == torch.bfloat16 and q.shape[2] == 1:
+        # torch's kernel takes more than twice as long for a single bfloat16 query.
+        mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
+        wide = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, scale=scale)
+        return wide.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def make_norm(norm: Any, rows: int, reader: Product) -> Callable[[torch.Tensor], torch.Tensor]:
