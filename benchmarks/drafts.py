@@ -80,16 +80,20 @@ _ROWS = {
 }
 
 
-def run() -> list[Comparison]:
-    """Compare with transformers, and with decoding without drafts."""
+def run(row: int | None = None) -> list[Comparison]:
+    """Compare with transformers, and with decoding without drafts.
+
+    Args:
+        row: Only this one of the rows; None for all.
+    """
     targets = [
         Target("ahead of transformers", "tokens_per_s", least=1.0, against=PEER),
         Target("ahead of decoding without drafts", "tokens_per_s", least=1.0, against=PLAIN),
     ]
+    cases = [(claim, *parts, dtype) for claim, parts in _ROWS.items() for dtype in ("float32", "bfloat16")]
     return [
-        compare(f"{claim}, {dtype}", _sides(dtype, draft, plain), targets, runs=3)
-        for claim, (draft, plain) in _ROWS.items()
-        for dtype in ("float32", "bfloat16")
+        compare(f"{claim}, {dtype}", _sides(dtype, draft, plain), targets, runs=3, warmups=0)
+        for claim, draft, plain, dtype in (cases if row is None else cases[row : row + 1])
     ]
 
 
