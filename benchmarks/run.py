@@ -18,6 +18,7 @@ from report import main as write_page
 from report import outcome, reached, text
 
 _ALL = ("import_time", "load_gguf", "loading", "generation", "drafts", "packed", "compiled")
+_ALL += ("many", "first_character")
 
 
 def main() -> None:
