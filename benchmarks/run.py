@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run benchmarks and write the figures: ``make bench``, or ``python benchmarks/run.py NAME ...``.
 
-NAME is a script's, or one row of it: ``loading:cold``. ``--quick`` uses a checkpoint of 1 GB instead of 5.57,
-fewer rounds, and files of results of its own. Rows that were not run keep their figures.
+NAME is a script's, or one row of it: ``loading:cold``, ``generation:bf16``. ``--quick`` uses a checkpoint of
+1 GB instead of 5.57, fewer rounds, and files of results of its own. Rows that were not run keep their figures.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from measure import OURS, Comparison, write
 from report import main as write_page
 from report import outcome, reached, text
 
-_ALL = ("import_time", "load_gguf", "loading", "greedy", "drafts")
+_ALL = ("import_time", "load_gguf", "loading", "generation", "drafts")
 
 
 def main() -> None:
     """Run what the command line names, or everything."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(_ALL)}, or loading:ROW")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(_ALL)}, or SCRIPT:ROW")
     parser.add_argument("--quick", action="store_true", help="a small checkpoint, fewer rounds")
     parser.add_argument("--runs", type=int, help="rounds that count, for the rows of loading")
     arguments = parser.parse_args()
@@ -33,6 +33,8 @@ def main() -> None:
         if script == "loading":
             rows = [row] if row else list(module.CASES)
             found = (module.run([one], is_quick=arguments.quick, runs=arguments.runs) for one in rows)
+        elif script == "generation":
+            found = (module.run([one], runs=arguments.runs) for one in ([row] if row else module.ROWS))
         else:
             found = (module.run() for _ in range(1))
         for results in found:

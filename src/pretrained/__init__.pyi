@@ -33,6 +33,10 @@ from pretrained.auto import AutoModelWithLMHead as AutoModelWithLMHead
 from pretrained.core.batching_config import ContinuousBatchingConfig as ContinuousBatchingConfig
 from pretrained.core.config import PreTrainedConfig as PreTrainedConfig
 from pretrained.core.config import PretrainedConfig as PretrainedConfig
+from pretrained.core.constraints import Constraint as Constraint
+from pretrained.core.constraints import ConstraintListState as ConstraintListState
+from pretrained.core.constraints import DisjunctiveConstraint as DisjunctiveConstraint
+from pretrained.core.constraints import PhrasalConstraint as PhrasalConstraint
 from pretrained.core.generation_config import GenerationConfig as GenerationConfig
 from pretrained.core.generation_config import GenerationMode as GenerationMode
 from pretrained.core.push import PushToHubMixin as PushToHubMixin
@@ -89,6 +93,7 @@ from pretrained.torch.generation.logits import EncoderRepetitionPenaltyLogitsPro
 from pretrained.torch.generation.logits import ExponentialDecayLengthPenalty as ExponentialDecayLengthPenalty
 from pretrained.torch.generation.logits import ForcedBOSTokenLogitsProcessor as ForcedBOSTokenLogitsProcessor
 from pretrained.torch.generation.logits import ForcedEOSTokenLogitsProcessor as ForcedEOSTokenLogitsProcessor
+from pretrained.torch.generation.logits import HammingDiversityLogitsProcessor as HammingDiversityLogitsProcessor
 from pretrained.torch.generation.logits import InfNanRemoveLogitsProcessor as InfNanRemoveLogitsProcessor
 from pretrained.torch.generation.logits import LogitNormalization as LogitNormalization
 from pretrained.torch.generation.logits import LogitsProcessor as LogitsProcessor

@@ -98,6 +98,9 @@ GROUPS = {
         GenerateBeamEncoderDecoderOutput
         """),
     "the same under the names of older scripts, one for each strategy": OLD_OUTPUTS,
+    "what a text must contain, for beam search": words("""
+        Constraint PhrasalConstraint DisjunctiveConstraint ConstraintListState
+        """),
     "watermarks: settings, rules and detectors": words("""
         WatermarkingConfig WatermarkLogitsProcessor WatermarkDetector WatermarkDetectorOutput
         SynthIDTextWatermarkingConfig SynthIDTextWatermarkLogitsProcessor SynthIDTextWatermarkDetector
@@ -110,6 +113,7 @@ GROUPS = {
         LogitsProcessor LogitsProcessorList
         EncoderNoRepeatNGramLogitsProcessor EncoderRepetitionPenaltyLogitsProcessor
         ExponentialDecayLengthPenalty ForcedBOSTokenLogitsProcessor ForcedEOSTokenLogitsProcessor
+        HammingDiversityLogitsProcessor
         InfNanRemoveLogitsProcessor LogitNormalization MinLengthLogitsProcessor
         MinNewTokensLengthLogitsProcessor NoBadWordsLogitsProcessor NoRepeatNGramLogitsProcessor
         PrefixConstrainedLogitsProcessor RepetitionPenaltyLogitsProcessor SequenceBiasLogitsProcessor

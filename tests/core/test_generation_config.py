@@ -317,7 +317,7 @@ def test_from_an_old_config_json():
         ({"do_sample": True}, "sample"),
         ({"num_beams": 2}, "beam_search"),
         ({"num_beams": 2, "do_sample": True}, "beam_sample"),
-        ({"num_beams": 4, "num_beam_groups": 2}, "group_beam_search"),
+        ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0}, "group_beam_search"),
         ({"num_beams": 2, "force_words_ids": [[1]]}, "constrained_beam_search"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive_search"),
         ({"prompt_lookup_num_tokens": 3}, "assisted_generation"),

@@ -51,14 +51,35 @@ def test_copies_lie_one_below_the_other(form):
     torch.testing.assert_close(product(x), torch.cat([F.linear(x, weight) for weight in weights], -1))
 
 
-def test_what_is_chosen():
-    _works(torch.float32)
-    assert choose(CPU, torch.float32, 1, copies=True) is Form.BAGS
-    assert choose(CPU, torch.float32, 2, copies=True) is Form.PACKED
-    assert choose(CPU, torch.float32, 1, copies=False) is Form.ONEDNN
-    assert choose(CPU, torch.float16, 1, copies=True) is Form.LINEAR
-    assert choose(CPU, torch.float64, 1, copies=True) is Form.LINEAR
-    assert choose(torch.device("meta"), torch.float32, 1, copies=True) is Form.LINEAR
+@pytest.mark.parametrize(
+    ("dtype", "rows", "outputs", "copies", "form"),
+    [
+        (torch.float32, 1, 5000, True, Form.BAGS),
+        (torch.float32, 2, 576, True, Form.PACKED),
+        (torch.float32, 1, 576, False, Form.ONEDNN),
+        (torch.bfloat16, 1, 576, True, Form.BAGS),
+        (torch.bfloat16, 1, 5000, True, Form.PACKED),
+        (torch.bfloat16, 8, 576, True, Form.PACKED),
+        (torch.bfloat16, 8, 576, False, Form.ONEDNN),
+        (torch.float16, 1, 576, True, Form.LINEAR),
+        (torch.float64, 1, 576, True, Form.LINEAR),
+    ],
+)
+def test_what_is_chosen(dtype, rows, outputs, copies, form):
+    if form is not Form.LINEAR:
+        _works(dtype)
+    assert choose(CPU, dtype, rows, outputs, copies=copies) is form
+    assert choose(torch.device("meta"), dtype, rows, outputs, copies=copies) is Form.LINEAR
+
+
+def test_bags_take_a_row_that_is_there_several_times():
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    weight, x = torch.randn(8, 16), torch.randn(1, 16)
+    product = make_product(Form.BAGS, make_copy(Form.BAGS, [weight]), None)
+    assert product.parts == 2
+    assert torch.equal(product(x), product(x.repeat(2, 1)))
+    torch.testing.assert_close(product(x), x @ weight.t())
 
 
 def test_linear_stands_in_where_the_operators_are_gone(monkeypatch):
@@ -68,7 +89,7 @@ def test_linear_stands_in_where_the_operators_are_gone(monkeypatch):
     monkeypatch.setattr(products, "make_copy", gone)
     products._onednn_works.cache_clear()
     try:
-        assert choose(CPU, torch.float32, 1, copies=True) is Form.LINEAR
+        assert choose(CPU, torch.float32, 1, 8, copies=True) is Form.LINEAR
     finally:
         monkeypatch.undo()
         products._onednn_works.cache_clear()
@@ -80,7 +101,7 @@ def test_the_chosen_form_is_not_slower_than_linear(dtype, rows):
     _works(dtype)
     weights = [torch.full((1536, 1024), 0.01, dtype=dtype) for _ in range(48 * 2**20 // (1536 * 1024 * 4))]
     x = torch.ones(rows, 1024, dtype=dtype)
-    form = choose(CPU, dtype, rows, copies=True)
+    form = choose(CPU, dtype, rows, 1536, copies=True)
     chosen = [make_product(form, make_copy(form, [weight]), None) for weight in weights]
     plain = [make_product(Form.LINEAR, weight, None) for weight in weights]
     times = {}

@@ -68,6 +68,7 @@ def contradictions(config: GenerationConfig) -> list[GenerationError]:
             "num_return_sequences",
             "Raise num_beams or lower num_return_sequences.",
         )
+    found += _beam_contradictions(config)
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         forced = getattr(config, name)
         forced = [forced] if isinstance(forced, int) else forced
@@ -80,6 +81,66 @@ def contradictions(config: GenerationConfig) -> list[GenerationError]:
             "Leave it out; memory is bounded without it.",
         )
     return found
+
+
+def _beam_contradictions(config: GenerationConfig) -> list[GenerationError]:
+    """What is wrong with groups of beams and constraints."""
+    found = []
+    beams, groups = config.num_beams, config.num_beam_groups
+    constrained = next((n for n in ("constraints", "force_words_ids") if config.is_set(n)), None)
+
+    def add(what: str, where: str, mend: str) -> None:
+        found.append(GenerationError(what, where=where, mend=mend))
+
+    if beams % groups:
+        add(
+            f"num_beams={beams} cannot be divided into num_beam_groups={groups}",
+            "num_beam_groups",
+            f"Pass num_beams={groups * max(-(-beams // groups), 2)}, or another number of groups.",
+        )
+    elif groups > 1:
+        if config.diversity_penalty <= 0:
+            add(
+                f"num_beam_groups={groups} would all search alike with "
+                f"diversity_penalty={config.diversity_penalty}",
+                "diversity_penalty",
+                "Pass a diversity_penalty above 0, such as 1.0.",
+            )
+        if config.do_sample:
+            add(
+                "Groups of beams are searched, not sampled",
+                "num_beam_groups",
+                "Pass do_sample=False or num_beam_groups=1.",
+            )
+    if constrained is None:
+        return found
+    if beams == 1:
+        add(f"{constrained} are for beam search", constrained, "Pass num_beams of 2 or more.")
+    if config.do_sample:
+        add(
+            f"{constrained} are for beam search, which do_sample=True is not",
+            constrained,
+            "Pass do_sample=False.",
+        )
+    if groups > 1:
+        add(
+            f"{constrained} cannot be met by groups of beams",
+            constrained,
+            "Pass num_beam_groups=1.",
+        )
+    ends = config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    if any(one in ends for one in _flat(config.force_words_ids or [])):
+        add(
+            "force_words_ids hold the token that ends a text",
+            "force_words_ids",
+            "Tokenize the words with add_special_tokens=False.",
+        )
+    return found
+
+
+def _flat(items: list[Any]) -> list[int]:
+    return [one for item in items for one in (_flat(item) if isinstance(item, list) else [item])]
 
 
 def effectless(config: GenerationConfig) -> dict[str, str]:
@@ -96,6 +157,8 @@ def effectless(config: GenerationConfig) -> dict[str, str]:
         contrastive = name == "top_k" and config.penalty_alpha
         if field.group == "sampling" and not config.do_sample and not contrastive:
             found[name] = "it is used only when sampling; set do_sample=True or leave it out"
+        elif name == "diversity_penalty" and config.num_beam_groups == 1:
+            found[name] = "it is used only by groups of beams; set num_beam_groups or leave it out"
         elif field.group == "beams" and config.num_beams == 1:
             found[name] = "it is used only by beam search; set num_beams or leave it out"
         elif name in _OUTPUT_FLAGS and not config.return_dict_in_generate:

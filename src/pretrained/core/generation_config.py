@@ -330,6 +330,8 @@ class GenerationConfig(PushToHubMixin):
             ignore_metadata: Leave out where the config comes from.
         """
         content = self.to_diff_dict() if use_diff else self.to_dict()
+        # Objects, which no file can hold.
+        content.pop("constraints", None)
         if ignore_metadata:
             content = {name: value for name, value in content.items() if name not in METADATA}
         return json.dumps(_jsonable(content), indent=2, sort_keys=True, ensure_ascii=False) + "\n"

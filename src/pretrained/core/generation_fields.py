@@ -70,6 +70,26 @@ def _word_list(value: Any) -> str | None:
     return None if right else "a list of words, each a list of token ids, such as [[5], [12, 7]]"
 
 
+def _forced_words(value: Any) -> str | None:
+    """Words, or choices of words."""
+    items = value if isinstance(value, list) else []
+    words = [word for item in items for word in (item if _is_choice(item) else [item])]
+    if words and all(isinstance(word, list) and word and all(map(_is_id, word)) for word in words):
+        return None
+    return "a list of words, each a list of token ids or several such lists to choose from"
+
+
+def _is_choice(item: Any) -> bool:
+    return isinstance(item, list) and bool(item) and isinstance(item[0], list)
+
+
+def _constraints(value: Any) -> str | None:
+    methods = ("advance", "does_advance", "update", "reset", "remaining", "copy")
+    given = value if isinstance(value, list) else []
+    right = given and all(callable(getattr(one, name, None)) for one in given for name in methods)
+    return None if right else "a list of Constraint objects, such as [PhrasalConstraint([5, 12])]"
+
+
 def _is_biased(pair: Any) -> bool:
     """Whether a value is ([token ids], bias)."""
     right = isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], list | tuple)
@@ -146,12 +166,12 @@ FIELDS: Mapping[str, Field] = {
     "stop_strings": Field(None, _strings, "length"),
     # strategy
     "do_sample": Field(False, _flag, "strategy"),
-    "num_beams": Field(1, _integer(1), "strategy", later=True),
-    "num_beam_groups": Field(1, _integer(1), "strategy", later=True),
+    "num_beams": Field(1, _integer(1), "strategy"),
+    "num_beam_groups": Field(1, _integer(1), "strategy"),
     "penalty_alpha": Field(None, _number("a number from 0 to 1", lambda value: 0 <= value <= 1), "strategy"),
     "dola_layers": Field(None, _layers, "strategy"),
-    "constraints": Field(None, _anything, "strategy", later=True),
-    "force_words_ids": Field(None, _anything, "strategy", later=True),
+    "constraints": Field(None, _constraints, "strategy"),
+    "force_words_ids": Field(None, _forced_words, "strategy"),
     "guidance_scale": Field(None, _positive, "strategy"),
     "use_mtp": Field(None, _flag, "strategy", later=True),
     "speculation_type": Field(None, _anything, "strategy", later=True),

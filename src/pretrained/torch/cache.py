@@ -257,6 +257,20 @@ class Cache:
         """
         self.batch_select_indices(beam_idx)
 
+    def copy_rows(self, rows: torch.Tensor, sources: torch.Tensor, newest: int) -> None:
+        """Let some rows go on from others that differ from them in their newest tokens only.
+
+        Beams of a prompt soon stem from one another, so this copies a few tokens where `reorder_cache`
+        copies all.
+
+        Args:
+            rows: [changed] which rows.
+            sources: [changed] which row to take for each.
+            newest: How many tokens at the end may differ.
+        """
+        for layer in self.layers:
+            layer.copy_rows(rows, sources, newest)
+
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep some rows.
 

@@ -195,6 +195,29 @@ class CacheLayer(ABC):
             self._keys, self._values = function(self._keys), function(self._values)
             self._owned = not torch.is_grad_enabled()
 
+    def copy_rows(self, rows: torch.Tensor, sources: torch.Tensor, newest: int) -> None:
+        """Let some rows go on from others that differ from them in their newest tokens only.
+
+        Args:
+            rows: [changed] which rows.
+            sources: [changed] which row to take for each.
+            newest: How many tokens at the end may differ.
+        """
+        if not self.is_initialized:
+            return
+        keys, values = self._keys, self._values
+        end = self._start + self._length
+        if keys is None or values is None or not self._writable(end) or torch.is_grad_enabled():
+            index = torch.arange(self.batch_size, device=rows.device)
+            index[rows] = sources
+            self.batch_select_indices(index)
+            return
+        count = min(newest, self._length)
+        for buffer in (keys, values):
+            tail = buffer.narrow(2, end - count, count)
+            taken = tail.index_select(0, sources.to(buffer.device))
+            tail.index_copy_(0, rows.to(buffer.device), taken)
+
     def adopt(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Hold tensors of someone else; they are copied before anything is written."""
         self._keys, self._values = keys, values

@@ -205,6 +205,11 @@ class OffloadedLayer(CacheLayer):
         self._fetched = None
         self.inner.map_batch(function)
 
+    def copy_rows(self, rows: torch.Tensor, sources: torch.Tensor, newest: int) -> None:
+        """Let `rows` go on from `sources`, which differ from them in their `newest` tokens only."""
+        self._fetched = None
+        self.inner.copy_rows(rows.cpu(), sources.cpu(), newest)
+
     def activate_past_recording(self) -> None:
         """Let go of nothing from now on, so that `crop` can go back as far."""
         self.inner.activate_past_recording()

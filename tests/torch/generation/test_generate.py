@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 
+from pretrained.core.constraints import PhrasalConstraint
 from pretrained.core.generation_config import GenerationConfig
 from pretrained.errors import GenerationError, NotYetError
 from pretrained.torch.cache import DynamicCache, StaticCache
@@ -24,6 +25,7 @@ from pretrained.torch.generation.stopping import (
     StopStringCriteria,
 )
 from pretrained.torch.generation.strategies import draw
+from pretrained.torch.generation.streamers import TextStreamer
 from support.toy import VOCAB, Letters, Toy, fibonacci
 
 
@@ -414,7 +416,55 @@ BAD_INPUTS = [
     ({"input_ids": PROMPT, "stop_strings": ["x"]}, r"no tokenizer to make it.*Pass tokenizer="),
     ({"input_ids": PROMPT, "streamer": print}, r"streamer lacks put and end.*TextStreamer"),
     ({"input_ids": PROMPT, "bad_words_ids": [3]}, "bad_words_ids cannot be"),
-]
+    (
+        {"input_ids": PROMPT, "num_beams": 2, "streamer": TextStreamer(Letters())},
+        r"beams change until the end.*Pass num_beams=1",
+    ),
+    (
+        {"input_ids": PROMPT, "num_beams": 2, "num_return_sequences": 3},
+        "num_return_sequences=3 is more than num_beams=2",
+    ),
+    (
+        {"input_ids": PROMPT, "num_beams": 20},
+        r"num_beams=20 looks at 40 tokens a step, and there are only 32.*num_beams=16 or less",
+    ),
+    (
+        {"input_ids": PROMPT, "num_beams": 3, "num_beam_groups": 2, "diversity_penalty": 1.0},
+        r"num_beams=3 cannot be divided into num_beam_groups=2.*Pass num_beams=4",
+    ),
+    ({"input_ids": PROMPT, "num_beam_groups": 2}, r"num_beams=1 cannot be divided.*Pass num_beams=4"),
+    (
+        {"input_ids": PROMPT, "num_beams": 4, "num_beam_groups": 2},
+        r"would all search alike with diversity_penalty=0.0.*above 0",
+    ),
+    (
+        {
+            "input_ids": PROMPT, "num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0,
+            "do_sample": True,
+        },
+        "Groups of beams are searched, not sampled",
+    ),
+    ({"input_ids": PROMPT, "force_words_ids": [[1]]}, "force_words_ids are for beam search.*num_beams of 2"),
+    (
+        {"input_ids": PROMPT, "num_beams": 2, "force_words_ids": [[1]], "do_sample": True},
+        "force_words_ids are for beam search, which do_sample=True is not",
+    ),
+    (
+        {
+            "input_ids": PROMPT, "num_beams": 2, "num_beam_groups": 2, "diversity_penalty": 1.0,
+            "constraints": [PhrasalConstraint([3])],
+        },
+        "constraints cannot be met by groups of beams",
+    ),
+    (
+        {"input_ids": PROMPT, "num_beams": 2, "force_words_ids": [[3, 9]], "eos_token_id": 9},
+        r"hold the token that ends a text.*add_special_tokens=False",
+    ),
+    ({"input_ids": PROMPT, "num_beams": 2, "force_words_ids": [3]}, "force_words_ids cannot be"),
+    ({"input_ids": PROMPT, "num_beams": 2, "force_words_ids": [[[3]], []]}, "force_words_ids cannot be"),
+    ({"input_ids": PROMPT, "num_beams": 2, "constraints": [[3]]}, "a list of Constraint objects"),
+    ({"input_ids": PROMPT, "num_beams": 2, "force_words_ids": [[40]]}, "Token 40 .* outside the vocabulary"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("arguments", "text"), BAD_INPUTS)
@@ -425,10 +475,6 @@ def test_bad_input_is_refused_before_the_first_forward(toy, arguments, text):
 
 
 LATER = {
-    "num_beams": 2,
-    "num_beam_groups": 2,
-    "constraints": [1],
-    "force_words_ids": [[1]],
     "token_healing": True,
     "compile_config": {"mode": "x"},
     "use_mtp": True,

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from pretrained.core.constraints import constraints_of
+from pretrained.core.generation_config import GenerationConfig
 from pretrained.errors import GenerationError
 
 
@@ -70,6 +72,43 @@ def vocabulary(model: Any) -> int | None:
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     size = getattr(embeddings, "num_embeddings", None)
     return size if size is not None else getattr(model.config, "vocab_size", None)
+
+
+def check_beams(model: Any, config: GenerationConfig) -> None:
+    """Raise where a beam search cannot work; the fields' own contradictions are found elsewhere.
+
+    Args:
+        model: The model.
+        config: The settled config.
+
+    Raises:
+        GenerationError: fewer tokens than a step has candidates, or a forced token that
+            there is not.
+    """
+    if config.num_beams == 1:
+        return
+    size = vocabulary(model)
+    needed = 2 * config.num_beams // config.num_beam_groups
+    if size is not None and size < needed:
+        raise GenerationError(
+            f"num_beams={config.num_beams} looks at {needed} tokens a step, and there are only {size}",
+            where="num_beams",
+            mend=f"Pass num_beams={max(size // 2, 1) * config.num_beam_groups} or less.",
+        )
+    for constraint in constraints_of(config):
+        for token in _tokens(getattr(constraint, "token_ids", [])):
+            if size is not None and token >= size:
+                raise GenerationError(
+                    f"Token {token} of a constraint is outside the vocabulary",
+                    where="constraints or force_words_ids",
+                    expected=f"0 to {size - 1}",
+                    mend="Use the tokenizer that belongs to this model.",
+                )
+
+
+def _tokens(ids: Any) -> list[int]:
+    """Return all ids of nested lists."""
+    return [token for one in ids for token in (_tokens(one) if isinstance(one, list) else [one])]
 
 
 def check_embeds(embeds: Any, ids: torch.Tensor | None) -> None:

@@ -90,12 +90,17 @@ class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
     def _negative(self, input_ids: torch.Tensor) -> torch.Tensor:
         if self._ids is None:
             return input_ids[:, self._prompt_length - 1 : self._prompt_length]
-        return self._ids.to(input_ids.device)
+        return self._for_rows(self._ids, input_ids)
+
+    @staticmethod
+    def _for_rows(given: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Repeat a negative prompt for the beams that go on from its row."""
+        return given.to(rows.device).repeat_interleave(rows.shape[0] // given.shape[0], dim=0)
 
     def _run(self, ids: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         arguments: dict[str, Any] = {"input_ids": ids}
         if self._mask is not None:
-            mask = torch.cat([self._mask.to(ids.device), torch.ones_like(new)], dim=1)
+            mask = torch.cat([self._for_rows(self._mask, new), torch.ones_like(new)], dim=1)
             arguments["attention_mask"] = mask
             if "position_ids" in self._takes:
                 arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp_(min=0)[:, -ids.shape[1] :]

@@ -101,7 +101,9 @@ def prepare_inputs(
     if device is not None:
         given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     prepare = _prepare_encoder_decoder if model.config.is_encoder_decoder else _prepare_decoder
-    return _expand(prepare(model, config, given), config.num_return_sequences)
+    prepared = prepare(model, config, given)
+    # Beams run the prompt once and share what comes of it.
+    return prepared if config.num_beams > 1 else _expand(prepared, config.num_return_sequences)
 
 
 def lengths_of(
@@ -368,17 +370,27 @@ def _start_ids(config: GenerationConfig, batch: int, device: torch.device) -> to
 
 
 def _expand(inputs: GenerationInputs, times: int) -> GenerationInputs:
-    """Repeat each row for the sequences that are wanted of it."""
+    """Repeat each row for the sequences that are wanted of it, its cache too."""
     if times == 1:
         return inputs
+    if inputs.cache is not None and inputs.cache.batch_size == inputs.rows:
+        inputs.cache.batch_repeat_interleave(times)
+    return repeat_inputs(inputs, times)
+
+
+def repeat_inputs(inputs: GenerationInputs, times: int) -> GenerationInputs:
+    """Repeat each row of everything but the cache, its copies next to each other.
+
+    Args:
+        inputs: The inputs.
+        times: How often.
+    """
     batch = inputs.rows
 
     def repeat(value: Any) -> Any:
         return repeat_rows(value, batch, times)
 
     outputs = repeat(inputs.encoder_outputs)
-    if inputs.cache is not None and inputs.cache.batch_size == batch:
-        inputs.cache.batch_repeat_interleave(times)
     return replace(
         inputs,
         input_ids=repeat(inputs.input_ids),

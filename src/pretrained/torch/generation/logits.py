@@ -155,7 +155,7 @@ class RepetitionPenaltyLogitsProcessor(LogitsProcessor):
         ids, counts = _in_vocabulary(input_ids, scores)
         if isinstance(skip, torch.Tensor):
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-            counts &= positions >= skip.to(input_ids.device)[:, None]
+            counts &= positions >= _for_rows(skip.to(input_ids.device), scores)[:, None]
         return _penalise(ids, scores, self.penalty, counts)
 
 
@@ -356,6 +356,53 @@ class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor):
         self._ready, self._groups = None, []
         if words:
             super().__init__({word: -math.inf for word in words})
+
+
+class HammingDiversityLogitsProcessor(LogitsProcessor):
+    """Makes tokens less likely that groups of beams before this one chose at this step.
+
+    Vijayakumar et al. 2016, arXiv:1610.02424.
+
+    Args:
+        diversity_penalty: Taken off the score for each beam that chose the token.
+        num_beams: Beams of each prompt, all groups together.
+        num_beam_groups: Groups.
+    """
+
+    def __init__(self, diversity_penalty: float, num_beams: int, num_beam_groups: int) -> None:
+        self._penalty = _above_0("diversity_penalty", diversity_penalty)
+        self._num_beams = _count("num_beams", num_beams, 2)
+        groups = _count("num_beam_groups", num_beam_groups, 2)
+        if num_beams % groups:
+            raise GenerationError(
+                f"num_beams={num_beams} cannot be divided into {groups} groups",
+                where="num_beam_groups",
+                mend="Let num_beams be a multiple of num_beam_groups.",
+            )
+        self._size = num_beams // groups
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        scores: torch.Tensor,
+        current_tokens: torch.Tensor,
+        beam_group_idx: int,
+    ) -> torch.Tensor:
+        """Return the scores of a group, with what others chose made less likely.
+
+        Args:
+            input_ids: [prompts * group size, length] tokens so far of this group.
+            scores: [prompts * group size, vocab] scores of this group.
+            current_tokens: [prompts * num_beams] tokens chosen at this step, by groups before this one.
+            beam_group_idx: Which group this is.
+        """
+        before = beam_group_idx * self._size
+        if before == 0:
+            return scores
+        chosen = current_tokens.view(-1, self._num_beams)[:, :before]
+        counts = scores.new_zeros((chosen.shape[0], scores.shape[-1]))
+        counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=scores.dtype))
+        return scores - self._penalty * _for_rows(counts, scores)
 
 
 class PrefixConstrainedLogitsProcessor(LogitsProcessor):

@@ -8,15 +8,16 @@ slice of the mask and the next positions where the model expects them.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from pretrained.core.generation_config import GenerationConfig
 from pretrained.errors import GenerationError
-from pretrained.torch.cache import Cache
+from pretrained.torch.cache import Cache, EncoderDecoderCache
 from pretrained.torch.generation.caches import make_cache
-from pretrained.torch.generation.inputs import GenerationInputs, repeat_rows
+from pretrained.torch.generation.inputs import GenerationInputs, repeat_inputs, repeat_rows
 from pretrained.torch.generation.settings import parameters
 from pretrained.torch.steps.common import DecodeStep, find_step, run_step
 
@@ -56,6 +57,14 @@ class Sequences:
         self._buffer[:, self.length] = tokens
         self.length += 1
 
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Let each row go on from another one.
+
+        Args:
+            rows: [rows] which row to take for each.
+        """
+        self._buffer = self._buffer.index_select(0, rows)
+
     def cut(self, new_tokens: int) -> None:
         """Keep the first new tokens.
 
@@ -80,6 +89,7 @@ class Decoder:
         self, model: Any, inputs: GenerationInputs, config: GenerationConfig, new_tokens: int, margin: int = 0
     ) -> None:
         self.model = model
+        self._config = config
         self._inputs = inputs
         takes = parameters(type(model).forward)
         prefix = "decoder_" if model.config.is_encoder_decoder else ""
@@ -92,7 +102,7 @@ class Decoder:
         cached = config.use_cache and "past_key_values" in takes
         self.cache = make_cache(model, inputs, config, new_tokens, margin) if cached else None
         self._token_types: torch.Tensor | None = inputs.extra.get("token_type_ids")
-        self._fixed = self._fixed_arguments(config, takes)
+        self._fixed = self._fixed_arguments()
         self._mask = self._open_mask(new_tokens)
         self._positions: torch.Tensor | None = None
         self._fast: DecodeStep | None = None
@@ -134,6 +144,33 @@ class Decoder:
         if self._positions is not None:
             arguments[self._positions_name] = self._positions
         return self.model(**arguments)
+
+    def spread(self, times: int) -> None:
+        """Repeat each row for the beams that go on from it, its copies next to each other.
+
+        What the decoder keeps of the encoder stays one for each prompt where the model can share it.
+
+        Args:
+            times: Beams of each prompt.
+        """
+        inputs, cache = self._inputs, self.cache
+        # A cache of the user's may have a row for each beam already; then there is nothing to share.
+        narrow = cache is None or cache.batch_size in (-1, inputs.rows)
+        shared = narrow and getattr(self.model, "_beams_share_encoder", False)
+        if narrow and cache is not None:
+            own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) and shared else cache
+            own.batch_repeat_interleave(times)
+        self._inputs = repeat_inputs(inputs, times)
+        if shared:
+            self._inputs = replace(
+                self._inputs,
+                encoder_outputs=inputs.encoder_outputs,
+                encoder_attention_mask=inputs.encoder_attention_mask,
+            )
+        self._mask = repeat_rows(self._mask, inputs.rows, times)
+        self._positions = repeat_rows(self._positions, inputs.rows, times)
+        self._token_types = repeat_rows(self._token_types, inputs.rows, times)
+        self._fixed = self._fixed_arguments()
 
     def ask(self, **arguments: Any) -> None:
         """Pass further arguments to every forward.
@@ -192,10 +229,27 @@ class Decoder:
 
         Args:
             rows: [rows] which row to take for each; only rows of the same prompt may change places, as
-                masks, positions and the encoder's output stay.
+                masks, positions and everything that comes from the encoder stay.
         """
-        if self.cache is not None:
-            self.cache.reorder_cache(rows)
+        cache = self._own_cache()
+        if cache is not None:
+            cache.reorder_cache(rows)
+
+    def copy_rows(self, rows: torch.Tensor, sources: torch.Tensor, newest: int) -> None:
+        """Let some rows go on from others of the same prompt that differ in their newest tokens only.
+
+        Args:
+            rows: [changed] which rows.
+            sources: [changed] which row to take for each.
+            newest: How many tokens at the end may differ.
+        """
+        cache = self._own_cache()
+        if cache is not None:
+            cache.copy_rows(rows, sources, newest)
+
+    def _own_cache(self) -> Cache | None:
+        """Return the cache of the decoder's own tokens."""
+        return self.cache.self_attention_cache if isinstance(self.cache, EncoderDecoderCache) else self.cache
 
     def take_back(self, tokens: int) -> None:
         """Forget the newest tokens: remove them from the cache, and count on from before them.
@@ -281,8 +335,8 @@ class Decoder:
             arguments["token_type_ids"] = torch.cat([types, more], dim=1)
         return self.model(**arguments)
 
-    def _fixed_arguments(self, config: GenerationConfig, takes: tuple[str, ...]) -> dict[str, Any]:
-        inputs = self._inputs
+    def _fixed_arguments(self) -> dict[str, Any]:
+        inputs, takes = self._inputs, parameters(type(self.model).forward)
         fixed: dict[str, Any] = dict(inputs.extra)
         fixed.pop("token_type_ids", None)
         if self._token_types is not None and self.cache is not None:
@@ -300,7 +354,7 @@ class Decoder:
             fixed["encoder_outputs"] = inputs.encoder_outputs
             fixed["attention_mask"] = inputs.encoder_attention_mask
         for flag in ("output_attentions", "output_hidden_states"):
-            if getattr(config, flag):
+            if getattr(self._config, flag):
                 fixed[flag] = True
         return fixed
 

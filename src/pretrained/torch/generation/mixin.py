@@ -16,9 +16,10 @@ import torch
 from pretrained.core.generation_config import GenerationConfig, GenerationMode
 from pretrained.errors import NotYetError
 from pretrained.torch.cache import Cache
-from pretrained.torch.generation import strategies
+from pretrained.torch.generation import beams, strategies
 from pretrained.torch.generation.batch_mixin import BatchGenerationMixin
 from pretrained.torch.generation.caches import check_cache
+from pretrained.torch.generation.checks import check_beams
 from pretrained.torch.generation.contrastive import contrastive
 from pretrained.torch.generation.demands import check_demands
 from pretrained.torch.generation.dola import dola
@@ -44,6 +45,10 @@ logger = logging.getLogger("pretrained.generation")
 _STRATEGIES: dict[GenerationMode, Callable[[strategies.Run], None]] = {
     GenerationMode.GREEDY_SEARCH: strategies.greedy,
     GenerationMode.SAMPLE: strategies.sample,
+    GenerationMode.BEAM_SEARCH: beams.beam_search,
+    GenerationMode.BEAM_SAMPLE: beams.beam_search,
+    GenerationMode.GROUP_BEAM_SEARCH: beams.group_beam_search,
+    GenerationMode.CONSTRAINED_BEAM_SEARCH: beams.constrained_beam_search,
     GenerationMode.CONTRASTIVE_SEARCH: contrastive,
     GenerationMode.DOLA_GENERATION: dola,
     GenerationMode.ASSISTED_GENERATION: speculative,
@@ -141,6 +146,7 @@ class GenerationMixin(BatchGenerationMixin):
             raise NotYetError(f"{mode.value} cannot be run yet", mend=RELEASE)
         check_cache(config)
         check_files(self)
+        check_beams(self, config)
         prepared = prepare_inputs(self, config, inputs, model_inputs)
         lengths = lengths_of(self, config, by_user, prepared)
         processors = build_processors(

@@ -9,7 +9,12 @@ import torch
 
 from pretrained.core.generation_config import GenerationConfig
 from pretrained.torch.generation.inputs import GenerationInputs
-from pretrained.torch.generation.outputs import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
+from pretrained.torch.generation.outputs import (
+    GenerateBeamDecoderOnlyOutput,
+    GenerateBeamEncoderDecoderOutput,
+    GenerateDecoderOnlyOutput,
+    GenerateEncoderDecoderOutput,
+)
 
 _FIELDS = ("attentions", "hidden_states", "decoder_attentions", "decoder_hidden_states", "cross_attentions")
 
@@ -35,6 +40,7 @@ class Recorder:
         self._layers: dict[str, list[Any]] = {
             name: [] for name in _FIELDS if any(name.endswith(kind) for kind in self._kinds)
         }
+        self._beams: dict[str, Any] = {}
         self.idle = self.scores is None and self._logits is None and not self._layers
 
     @property
@@ -55,13 +61,14 @@ class Recorder:
         """
         return logits.clone() if self._copy else logits
 
-    def add(self, output: Any, logits: torch.Tensor, scores: torch.Tensor) -> None:
+    def add(self, output: Any, logits: torch.Tensor, scores: torch.Tensor, beams: int = 1) -> None:
         """Record a step.
 
         Args:
             output: Of the model.
             logits: [rows, vocab] scores of the model.
             scores: [rows, vocab] scores after all rules.
+            beams: How many rows go on from each row of `output`, where it is the prompt's.
         """
         if self.idle:
             return
@@ -71,6 +78,8 @@ class Recorder:
             self._logits.append(logits)
         for name, steps in self._layers.items():
             value = getattr(output, name, None)
+            if value is not None and beams > 1:
+                value = tuple(layer.repeat_interleave(beams, dim=0) for layer in value)
             if value is not None:
                 steps.append(value)
 
@@ -86,6 +95,18 @@ class Recorder:
             if kept is not None:
                 del kept[steps:]
 
+    def add_beams(self, scores: torch.Tensor, indices: torch.Tensor) -> None:
+        """Note what only beam search has; it makes the output one of a beam search.
+
+        Args:
+            scores: [rows] score of each returned sequence.
+            indices: [rows, new] which row of a step's scores each token came from; -1 after the end.
+        """
+        self._beams = {
+            "sequences_scores": scores if self._returns_scores else None,
+            "beam_indices": indices.to(torch.int32),
+        }
+
     def output(self, sequences: torch.Tensor, inputs: GenerationInputs, cache: Any) -> Any:
         """Return the output object.
 
@@ -100,14 +121,18 @@ class Recorder:
             "scores": self.scores if self._returns_scores else None,
             "logits": None if self._logits is None else tuple(self._logits),
             "past_key_values": cache,
+            **self._beams,
         }
+        beams = bool(self._beams)
         if inputs.encoder_outputs is None:
-            return GenerateDecoderOnlyOutput(
+            alone: Any = GenerateBeamDecoderOnlyOutput if beams else GenerateDecoderOnlyOutput
+            return alone(
                 **common, attentions=layers.get("attentions"), hidden_states=layers.get("hidden_states")
             )
         encoder = inputs.encoder_outputs
         of_encoder: dict[str, Any] = {f"encoder_{kind}": getattr(encoder, kind, None) for kind in self._kinds}
-        return GenerateEncoderDecoderOutput(
+        both: Any = GenerateBeamEncoderDecoderOutput if beams else GenerateEncoderDecoderOutput
+        return both(
             **common,
             **of_encoder,
             decoder_attentions=layers.get("decoder_attentions"),

@@ -59,7 +59,8 @@ def build_processors(
     prompt = inputs.input_ids.shape[1]
     ordered = [*_biases(config, inputs), *_ends(config, lengths, prompt)]
     if prefix_allowed_tokens_fn is not None:
-        beams = inputs.rows // (inputs.rows // config.num_return_sequences)
+        beams = config.num_beams // config.num_beam_groups if config.num_beams > 1 else 0
+        beams = beams or config.num_return_sequences
         ordered.append(rules.PrefixConstrainedLogitsProcessor(prefix_allowed_tokens_fn, beams))
     ordered += _forced(config, lengths, prompt)
     ordered = _merge(ordered, list(user or ()))
@@ -79,6 +80,12 @@ def _biases(config: GenerationConfig, inputs: GenerationInputs) -> list[Rule]:
     found: list[Rule] = []
     if config.sequence_bias is not None:
         found.append(rules.SequenceBiasLogitsProcessor(config.sequence_bias))
+    if config.num_beams > 1 and config.num_beam_groups > 1:
+        found.append(
+            rules.HammingDiversityLogitsProcessor(
+                config.diversity_penalty, config.num_beams, config.num_beam_groups
+            )
+        )
     if config.encoder_repetition_penalty != 1.0:
         ids = _encoder_ids(inputs, "encoder_repetition_penalty")
         found.append(rules.EncoderRepetitionPenaltyLogitsProcessor(config.encoder_repetition_penalty, ids))

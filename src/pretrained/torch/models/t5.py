@@ -93,6 +93,8 @@ class T5ForConditionalGeneration(T5EncoderDecoder, GenerationMixin):
         **T5EncoderDecoder._tied_weights_keys,
         "lm_head.weight": "shared.weight",
     }
+    # Cross-attention takes fewer rows of the encoder than of the decoder.
+    _beams_share_encoder = True
 
     def add_head(self, config: arch.T5Config) -> None:
         """Build `lm_head`.

@@ -293,7 +293,13 @@ class T5CrossAttention(T5Attention):
             if cache is not None:
                 k, v = cache.cross_attention_cache.update(k, v, self.layer_idx)
                 cache.is_updated[self.layer_idx] = True
-        return self.mix(x, k, v, mask, output_attentions)
+        if k.shape[0] == x.shape[0]:
+            return self.mix(x, k, v, mask, output_attentions)
+        # Beams of one text look at it as if they were more tokens of one row.
+        out, weights = self.mix(x.reshape(k.shape[0], -1, x.shape[-1]), k, v, mask, output_attentions)
+        if weights is not None:
+            weights = weights.unflatten(2, (-1, x.shape[1])).transpose(1, 2).flatten(0, 1)
+        return out.view_as(x), weights
 
 
 class T5LayerSelfAttention(nn.Module):

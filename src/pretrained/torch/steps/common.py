@@ -181,7 +181,8 @@ class Products:
         if getattr(layer, "decode_product", None) is not None:
             return _own_product(layer, self._rows)
         weight, bias = layer.weight, _detached(layer.bias)
-        form = choose(weight.device, weight.dtype, self._rows, copies=True)
+        outputs = weight.shape[1]
+        form = choose(weight.device, weight.dtype, self._rows, outputs, copies=True)
         if form is Form.BAGS:
             # The layout that this form would copy it to.
             return make_product(form, weight.detach(), bias)
@@ -189,7 +190,7 @@ class Products:
             stored = self._copies.get(form, [weight], transposed=True)
             if stored is not None:
                 return make_product(form, stored, bias)
-        form = choose(weight.device, weight.dtype, self._rows, copies=False)
+        form = choose(weight.device, weight.dtype, self._rows, outputs, copies=False)
         return make_product(form, weight.detach().t(), bias)
 
     def dense(self, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> Product:
@@ -199,13 +200,13 @@ class Products:
             weights: Of one dtype and device.
             biases: [out_i] or None each.
         """
-        first = weights[0]
-        form = choose(first.device, first.dtype, self._rows, copies=self._copies is not None)
+        first, outputs = weights[0], sum(weight.shape[0] for weight in weights)
+        form = choose(first.device, first.dtype, self._rows, outputs, copies=self._copies is not None)
         if form.is_copy and self._copies is not None and len({w.dtype for w in weights}) == 1:
             stored = self._copies.get(form, weights)
             if stored is not None:
                 return make_product(form, stored, _joined(weights, biases))
-        form = choose(first.device, first.dtype, self._rows, copies=False)
+        form = choose(first.device, first.dtype, self._rows, outputs, copies=False)
         return _beside(
             [make_product(form, w.detach(), _detached(b)) for w, b in zip(weights, biases, strict=True)]
         )
@@ -213,11 +214,9 @@ class Products:
 
 def _own_product(layer: Any, rows: int) -> Product:
     if type(layer) is nn.Linear:
-        return make_product(
-            choose(layer.weight.device, layer.weight.dtype, rows, copies=False),
-            layer.weight.detach(),
-            _detached(layer.bias),
-        )
+        weight = layer.weight.detach()
+        form = choose(weight.device, weight.dtype, rows, weight.shape[0], copies=False)
+        return make_product(form, weight, _detached(layer.bias))
     product: Product = layer.decode_product(rows)
     return product
 
@@ -242,8 +241,8 @@ def _joined(weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> t
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def make_norm(norm: Any, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a root-mean-square normalisation of [rows, hidden].
+def make_norm(norm: Any, rows: int, reader: Product) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a root-mean-square normalisation of [rows, hidden], repeated where its reader wants that.
 
     For one row the factor is a number of Python's, which saves six of eight operators. Mean square, factor
     and scale are computed in float32 or better and rounded once.
@@ -251,12 +250,13 @@ def make_norm(norm: Any, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
     Args:
         norm: An `RMSNorm`.
         rows: Rows of a step.
+        reader: The product that takes the result.
     """
     weight, eps = norm.weight.detach(), norm.variance_epsilon
     size = weight.shape[0]
     if rows > 1 or eps <= 0:
         return lambda x: F.rms_norm(x, (size,), weight, eps)
-    zero = torch.zeros_like(weight)
+    zero = torch.zeros_like(weight).repeat(getattr(reader, "parts", 1), 1)
     dot, addcmul = torch.dot, torch.addcmul
 
     def normalise(x: torch.Tensor) -> torch.Tensor:

@@ -57,8 +57,8 @@ class LlamaStep:
         self._embedding, self._rotary = body.embed_tokens, body.rotary_emb
         self._layers = [_Layer(layer, rows, products) for layer in body.layers]
         self._windows = body.windows
-        self._norm = make_norm(body.norm, rows)
         self._head = products(model.lm_head)
+        self._norm = make_norm(body.norm, rows, self._head)
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
         table = body.rotary_emb.table
         # Frequencies that depend on the length are asked for at every step.
@@ -121,11 +121,11 @@ class _Layer:
         self._keys = attention.k_proj.out_features // self._width
         self._rotates = attention.rotates
         self._q_norm, self._k_norm = attention.q_norm, attention.k_norm
-        self._norm = make_norm(layer.input_layernorm, rows)
         self._in = products(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._norm = make_norm(layer.input_layernorm, rows, self._in)
         self._out = products(attention.o_proj)
-        self._mlp_norm = make_norm(layer.post_attention_layernorm, rows)
         self._up = products(mlp.gate_proj, mlp.up_proj)
+        self._mlp_norm = make_norm(layer.post_attention_layernorm, rows, self._up)
         self._gate = mlp.gate_proj.out_features
         self._down = products(mlp.down_proj)
         self._act = F.silu if mlp.act_fn is F.silu else mlp.act_fn

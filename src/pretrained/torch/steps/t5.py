@@ -64,9 +64,9 @@ class T5Step:
         self._rows, self._cache = rows, cache
         self._embedding = decoder.embed_tokens
         self._blocks = [_Block(block, rows, products) for block in decoder.block]
-        self._norm = make_norm(decoder.final_layer_norm, rows)
         self._scale = model.model_dim**-0.5 if model.config.scale_decoder_outputs else 1.0
         self._head = products(model.lm_head)
+        self._norm = make_norm(decoder.final_layer_norm, rows, self._head)
         self._encoder_mask = None
         if encoder_mask is not None:
             allowed = padding_mask(encoder_mask, kv_length=encoder_mask.shape[-1])
@@ -108,14 +108,14 @@ class _Block:
         self._attention = attention
         self.has_bias = attention.relative_attention_bias is not None
         self._biases: torch.Tensor | None = None
-        self._norm = make_norm(own.layer_norm, rows)
         self._in = products(attention.q, attention.k, attention.v)
+        self._norm = make_norm(own.layer_norm, rows, self._in)
         self._out = products(attention.o)
-        self._cross_norm = make_norm(cross.layer_norm, rows)
         self._cross_in, self._cross_out = products(across.q), products(across.o)
-        self._feed_norm = make_norm(feed.layer_norm, rows)
+        self._cross_norm = make_norm(cross.layer_norm, rows, self._cross_in)
         self._gated = hasattr(dense, "wi_0")
         self._up = products(dense.wi_0, dense.wi_1) if self._gated else products(dense.wi)
+        self._feed_norm = make_norm(feed.layer_norm, rows, self._up)
         self._down, self._act = products(dense.wo), dense.act
 
     def bias(self, position: int) -> torch.Tensor:
@@ -143,10 +143,11 @@ class _Block:
         k, v = cache.update(k, v, index)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
         x = x + self._out(out.reshape(rows, -1))
-        q = self._cross_in(self._cross_norm(x)).view(rows, -1, 1, width)
         k, v = cache.cross_attention_cache[index]
+        # Beams of one text look at it as if they were more queries of one row.
+        q = self._cross_in(self._cross_norm(x)).view(k.shape[0], -1, k.shape[1], width).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=encoder_mask, scale=1.0)
-        x = x + self._cross_out(out.reshape(rows, -1))
+        x = x + self._cross_out(out.transpose(1, 2).reshape(rows, -1))
         wide = self._up(self._feed_norm(x))
         if self._gated:
             gate, up = wide.chunk(2, dim=-1)
