@@ -16,7 +16,7 @@ from measure import OURS, Comparison, write
 from report import main as write_page
 from report import outcome, reached, text
 
-_ALL = ("import_time", "load_gguf", "loading", "generation", "drafts")
+_ALL = ("import_time", "load_gguf", "loading", "generation", "drafts", "packed", "compiled")
 
 
 def main() -> None:

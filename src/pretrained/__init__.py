@@ -24,6 +24,7 @@ _NAMES = {
         "UnknownArgumentError",
         "WeightsError",
     ),
+    "pretrained.core.compiling": ("CompileConfig",),
     "pretrained.core.config": ("PreTrainedConfig", "PretrainedConfig"),
     "pretrained.core.constraints": (
         "Constraint",

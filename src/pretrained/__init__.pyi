@@ -31,6 +31,7 @@ from pretrained.auto import AutoModelForTextEncoding as AutoModelForTextEncoding
 from pretrained.auto import AutoModelForTokenClassification as AutoModelForTokenClassification
 from pretrained.auto import AutoModelWithLMHead as AutoModelWithLMHead
 from pretrained.core.batching_config import ContinuousBatchingConfig as ContinuousBatchingConfig
+from pretrained.core.compiling import CompileConfig as CompileConfig
 from pretrained.core.config import PreTrainedConfig as PreTrainedConfig
 from pretrained.core.config import PretrainedConfig as PretrainedConfig
 from pretrained.core.constraints import Constraint as Constraint

@@ -87,7 +87,7 @@ GROUPS = {
         Seq2SeqQuestionAnsweringModelOutput Seq2SeqSequenceClassifierOutput SequenceClassifierOutput
         SequenceClassifierOutputWithPast TokenClassifierOutput
         """),
-    "settings of generate": ["GenerationConfig", "GenerationMode"],
+    "settings of generate": ["GenerationConfig", "GenerationMode", "CompileConfig"],
     "placing any module, under the names of accelerate": words("""
         init_empty_weights infer_auto_device_map compute_module_sizes get_max_memory get_balanced_memory
         load_checkpoint_in_model load_checkpoint_and_dispatch dispatch_model cpu_offload disk_offload

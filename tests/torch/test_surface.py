@@ -8,10 +8,12 @@ import torch
 
 from pretrained import (
     ArgumentError,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
+    DistilBertForTokenClassification,
     LlamaForCausalLM,
     LlamaModel,
-    NotYetError,
     PreTrainedModel,
     T5ForConditionalGeneration,
 )
@@ -154,11 +156,57 @@ def test_the_loss_function_is_the_one_of_the_forward(cls, config, labels, more):
     with torch.no_grad():
         output = model(IDS, labels=labels)
     torch.testing.assert_close(model.loss_function(logits=output.logits, labels=labels, **more), output.loss)
-    with pytest.raises(NotYetError, match=r"cannot be replaced.*override forward"):
-        model.loss_function = torch.nn.functional.mse_loss
+
+
+DISTILBERT = {"dim": 8, "n_heads": 2, "n_layers": 1, "hidden_dim": 8}
+QA = {"start_positions": torch.tensor([1]), "end_positions": torch.tensor([2])}
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "labels", "names"),
+    [
+        (LlamaForCausalLM, TINY_LLAMA, {"labels": IDS}, {"labels", "vocab_size", "num_items_in_batch"}),
+        (T5ForConditionalGeneration, T5, {"labels": IDS}, {"logits", "labels", "vocab_size"}),
+        (BertForSequenceClassification, BERT, {"labels": torch.tensor([1])}, {"logits", "labels", "config"}),
+        (BertForMaskedLM, BERT, {"labels": IDS}, {"logits", "labels", "vocab_size"}),
+        (DistilBertForTokenClassification, DISTILBERT, {"labels": IDS % 2}, {"logits"}),
+        (BertForQuestionAnswering, BERT, QA, {"start_logits", "end_logits", "end_positions"}),
+    ],
+)  # fmt: skip
+def test_a_loss_function_that_is_set(cls, config, labels, names):
+    model, seen = build(cls, **config), {}
+    own = model(IDS, **labels).loss
+
+    def loss(**tensors):
+        seen.update(tensors)
+        return torch.tensor(7.0)
+
+    model.loss_function = loss
+    assert model.loss_function is loss
+    assert model(IDS, **labels).loss == 7
+    assert names <= seen.keys()
+    model.loss_function = None
+    torch.testing.assert_close(model(IDS, **labels).loss, own)
+
+
+def test_a_loss_is_given_what_it_takes():
+    class Loss(torch.nn.Module):
+        def forward(self, logits, labels):
+            return logits[..., 0].sum() * 0 + labels.sum()
+
+    model = build(LlamaForCausalLM, **TINY_LLAMA)
+    model.loss_function = Loss()
+    assert model(IDS, labels=IDS).loss == IDS.sum()
+    model = build(LlamaForCausalLM, **TINY_LLAMA)
+    model.loss_function = lambda logits, labels, vocab_size: torch.tensor(float(vocab_size))
+    assert model(IDS, labels=IDS).loss == 99
 
 
 def test_faults_of_the_loss_function():
+    with pytest.raises(ArgumentError, match=r"A loss is a function.*loss_function.*found 5"):
+        build(LlamaForCausalLM, **TINY_LLAMA).loss_function = 5
+    with pytest.raises(ArgumentError, match="LlamaModel has no loss"):
+        build(LlamaModel, **TINY_LLAMA).loss_function = print
     with pytest.raises(ArgumentError, match="LlamaModel has no loss"):
         build(LlamaModel, **TINY_LLAMA).loss_function  # noqa: B018 - the access is the test
     model = build(LlamaForCausalLM, **TINY_LLAMA)

@@ -74,6 +74,16 @@ def contradictions(config: GenerationConfig) -> list[GenerationError]:
         forced = [forced] if isinstance(forced, int) else forced
         if forced and config.suppress_tokens and set(forced) <= set(config.suppress_tokens):
             add(f"{name}={forced} is also in suppress_tokens", name, "Take it out of one of the two.")
+    if config.compile and config.disable_compile:
+        add("compile and disable_compile contradict each other", "compile", "Leave one of them out.")
+    elif wants_compile(config) and not config.use_cache:
+        add("A compiled step needs a cache", "use_cache", "Leave use_cache=False out, or compile.")
+    elif wants_compile(config) and config.cache_implementation not in (None, "static"):
+        add(
+            f"A compiled step cannot use a cache of kind {config.cache_implementation!r}",
+            "cache_implementation",
+            'Leave it out or pass "static"; or leave compile out.',
+        )
     if config.low_memory:
         add(
             "low_memory is gone from this ecosystem",
@@ -81,6 +91,15 @@ def contradictions(config: GenerationConfig) -> list[GenerationError]:
             "Leave it out; memory is bounded without it.",
         )
     return found
+
+
+def wants_compile(config: GenerationConfig) -> bool:
+    """Tell whether a config asks for a compiled step.
+
+    Args:
+        config: The config.
+    """
+    return (config.compile or config.compile_config is not None) and not config.disable_compile
 
 
 def _beam_contradictions(config: GenerationConfig) -> list[GenerationError]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pretrained.core.compiling import wrong_compile_config
 from pretrained.core.watermarking import wrong_watermark
 
 Check = Callable[[Any], str | None]
@@ -241,7 +242,8 @@ FIELDS: Mapping[str, Field] = {
         None, _number("a number between 0 and 1", lambda value: 0 < value < 1), "assistant"
     ),
     # runtime
-    "compile_config": Field(None, _anything, "runtime", later=True),
+    "compile": Field(False, _flag, "runtime"),
+    "compile_config": Field(None, wrong_compile_config, "runtime"),
     "disable_compile": Field(False, _flag, "runtime"),
     "weight_copies": Field(None, _flag, "runtime"),
     "continuous_batching_config": Field(None, _settings, "runtime"),

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pretrained.errors import ArgumentError, NotYetError
+from pretrained.errors import ArgumentError
 from pretrained.torch.losses import (
     causal_lm_loss,
     question_answering_loss,
@@ -48,6 +49,7 @@ class ModelFactsMixin:
     """Gives a model what trainers and pushes ask for."""
 
     model_tags: list[str] | None = None
+    _own_loss: Callable[..., torch.Tensor] | None = None
 
     def add_model_tags(self, tags: str | Sequence[str]) -> None:
         """Add tags that the model card gets when the model is pushed.
@@ -76,9 +78,16 @@ class ModelFactsMixin:
     def loss_function(self) -> Callable[..., torch.Tensor]:
         """The loss that the class computes from labels, as a function of ``(logits=, labels=, ...)``.
 
+        Set it to compute another (None for the class's own again): ``f(logits, labels, ...)``, or of the
+        four tensors that question answering has.
+
         Raises:
-            ArgumentError: the class has no head, or one whose loss is made of several.
+            ArgumentError: the class has no head, or one whose loss is made of several; or what is set is no
+                function.
         """
+        own = self._loss_set()
+        if own is not None:
+            return own
         name = type(self).__name__
         if name.endswith(("ForCausalLM", "LMHeadModel")):
             return _of_tokens(causal_lm_loss)
@@ -95,12 +104,42 @@ class ModelFactsMixin:
         )
 
     @loss_function.setter
-    def loss_function(self, value: Any) -> None:
-        raise NotYetError(
-            "The loss that a forward computes cannot be replaced",
-            where="loss_function",
-            mend="Leave labels out and compute yours from the logits, or override forward in a subclass.",
-        )
+    def loss_function(self, value: Callable[..., torch.Tensor] | None) -> None:
+        self.loss_function  # noqa: B018 - a class without a loss of one kind says so
+        if value is not None and not callable(value):
+            raise ArgumentError(
+                "A loss is a function of (logits, labels)", where="loss_function", found=repr(value)[:200]
+            )
+        self._own_loss = value
+
+    def loss_by(self, default: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """Return what a forward computes its loss with: `default`, or the function that was set instead.
+
+        A function that was set is called by keywords, as the ecosystem calls it: those of `default`, and
+        `vocab_size`, `config` and `num_items_in_batch` where it takes them.
+
+        Args:
+            default: A function of `pretrained.torch.losses`.
+        """
+        own = self._loss_set()
+        if own is None:
+            return default
+        taken = inspect.signature(own.forward if isinstance(own, torch.nn.Module) else own).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+        config = self.config  # type: ignore[attr-defined]
+        facts = {"vocab_size": getattr(config, "vocab_size", None), "config": config}
+
+        def compute(*tensors: torch.Tensor, **more: Any) -> torch.Tensor:
+            named = dict(zip(inspect.signature(default).parameters, tensors, strict=False))
+            extra = {name: value for name, value in {**facts, **more}.items() if takes_all or name in taken}
+            return own(**{**extra, **named})
+
+        return compute
+
+    def _loss_set(self) -> Callable[..., torch.Tensor] | None:
+        # Torch keeps an attribute that is a module among the modules, past the property.
+        module: torch.nn.Module | None = self._modules.get("loss_function")  # type: ignore[attr-defined]
+        return self._own_loss if module is None else module
 
 
 def _of_tokens(loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -140,7 +140,7 @@ class ForSequenceClassification(_Head):
         pooled = logits[rows, last_tokens(input_ids, pad, logits.shape[0])]
         loss = None
         if labels is not None:
-            loss = sequence_classification_loss(pooled, labels, self.config)  # type: ignore[attr-defined]
+            loss = self.loss_by(sequence_classification_loss)(pooled, labels, self.config)  # type: ignore[attr-defined]
         result = SequenceClassifierOutputWithPast(
             loss, pooled, out.past_key_values, out.hidden_states, out.attentions
         )
@@ -202,7 +202,7 @@ class ForTokenClassification(_Head):
             cache_position=cache_position,
         )
         logits = getattr(self, self._classifier)(self.dropout(out.last_hidden_state))
-        loss = None if labels is None else token_loss(logits, labels)
+        loss = None if labels is None else self.loss_by(token_loss)(logits, labels)  # type: ignore[attr-defined]
         return finish(TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions), as_dict)
 
 
@@ -260,6 +260,8 @@ class ForQuestionAnswering(_Head):
         start, end = start.contiguous(), end.contiguous()
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = question_answering_loss(start, end, start_positions, end_positions)
+            loss = self.loss_by(question_answering_loss)(  # type: ignore[attr-defined]
+                start, end, start_positions, end_positions
+            )
         result = QuestionAnsweringModelOutput(loss, start, end, out.hidden_states, out.attentions)
         return finish(result, as_dict)

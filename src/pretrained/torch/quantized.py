@@ -115,6 +115,14 @@ class QuantizedLeaf(nn.Module):
         """
         return self.rows(slice(None), torch.float32).to(dtype or self.logical_dtype)
 
+    def decode_product(self, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the product of a few rows with the weight, for steps of decoding.
+
+        Args:
+            rows: How many; the result is that of the layer itself for each number.
+        """
+        return self.forward
+
     def plain(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return the layer that stood here, with the dequantized weight.
 
@@ -162,6 +170,8 @@ class IntegerLeaf(QuantizedLeaf):
                 self.register_parameter(name, None)
         # Scale and offset side by side, [groups, out, 2], while `weight` is in the kernel's layout.
         self._scales: torch.Tensor | None = None
+        # The tensors that hold this weight and those of other layers (see `packed_products`), or None.
+        self.joined: Any = None
         # Whether the weight stays as it is stored, and is laid out for the kernel at each call.
         self._lays_out_at_call = False
 
@@ -171,7 +181,7 @@ class IntegerLeaf(QuantizedLeaf):
         Args:
             packed: Of this leaf's shape and scheme.
         """
-        self._scales = packed.kernel_scales
+        self._scales, self.joined = packed.kernel_scales, None
         for name, tensor in (
             ("weight", packed.weight),
             ("weight_scale", packed.scale),
@@ -180,6 +190,37 @@ class IntegerLeaf(QuantizedLeaf):
         ):
             if tensor is not None:
                 self._parameters[name] = fixed(tensor)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the kernel reads the weight as it lies, not a copy that is laid out at each call."""
+        return not self._lays_out_at_call
+
+    @property
+    def kernel_group(self) -> int:
+        """Columns that share a scale while the weight is in the kernel's layout; 0 while it is not."""
+        return 0 if self._scales is None else self.shape[1] // self._scales.shape[0]
+
+    @property
+    def kernel_scales(self) -> torch.Tensor:
+        """Scales and offsets for the kernel, bfloat16 [groups, out, 2], while the weight is in its layout."""
+        assert self._scales is not None
+        return self._scales
+
+    def hold(self, weight: torch.Tensor, scales: torch.Tensor, joined: Any) -> None:
+        """Hold the same weight at another place, while it is in the kernel's layout.
+
+        Args:
+            weight: Like `weight`; a part of several layers' weights in one tensor.
+            scales: Like `kernel_scales`.
+            joined: Noted as `joined`.
+        """
+        is_shared = self.weight_scale.data_ptr() == self.kernel_scales.data_ptr()
+        self.weight.data, self._scales, self.joined = weight, scales, joined
+        if is_shared:
+            self.weight_scale.data = scales[..., 0].t()
+            if self.weight_zero is not None:
+                self.weight_zero.data = scales[..., 1].t()
 
     def rows(self, part: Any, dtype: torch.dtype) -> torch.Tensor:
         """Return rows of the weight, dequantized in `dtype`."""
@@ -314,7 +355,7 @@ class IntegerLeaf(QuantizedLeaf):
         if self._scales is None:
             return
         tensors = self.stored()
-        self._scales = None
+        self._scales = self.joined = None
         for name, tensor in tensors.items():
             self._parameters[name] = fixed(tensor)
 
@@ -445,7 +486,10 @@ class QuantizedLinear(IntegerLeaf, Dense):
             if x.device.type == "cuda":
                 result = quantized_cuda.multiply(inner, weight, group, scales)
             else:
-                result = torch.ops.aten._weight_int4pack_mm_for_cpu(inner.contiguous(), weight, group, scales)
+                # Scales that lie among those of other layers are copied (see `hold`).
+                result = torch._weight_int4pack_mm_for_cpu(
+                    inner.contiguous(), weight, group, scales.contiguous()
+                )
         elif self.weight_scale.dim() == 1:
             # Integers up to 127 are exact in every dtype; scaling the result costs less than the weight.
             result = torch.cat(

@@ -157,6 +157,11 @@ class GgufLinear(GgufLeaf, Dense):
         super().use_stored_layout()
 
     @property
+    def repacked(self) -> tuple[QuantizedLinear, ...]:
+        """The matrices for the 4-bit kernel whose sum the weight is; none where it is decoded instead."""
+        return self._repacked
+
+    @property
     def hidden_nbytes(self) -> int:
         """Bytes that no parameter shows."""
         return sum(part.kernel_nbytes for part in self._repacked)

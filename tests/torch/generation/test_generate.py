@@ -476,7 +476,6 @@ def test_bad_input_is_refused_before_the_first_forward(toy, arguments, text):
 
 LATER = {
     "token_healing": True,
-    "compile_config": {"mode": "x"},
     "use_mtp": True,
 }
 

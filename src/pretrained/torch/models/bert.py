@@ -215,7 +215,7 @@ class BertForNextSentencePrediction(bert_heads.Head, BertPreTrainedModel):
             return_dict=return_dict,
         )
         logits = self.cls.seq_relationship(out.pooler_output)
-        loss = None if labels is None else token_loss(logits, labels)
+        loss = None if labels is None else self.loss_by(token_loss)(logits, labels)
         result = NextSentencePredictorOutput(loss, logits, out.hidden_states, out.attentions)
         return finish(result, as_dict)
 

@@ -142,7 +142,7 @@ class MaskedLM(LanguageHead):
             output_hidden_states=output_hidden_states,
             return_dict=return_dict,
         )
-        return finish(masked_lm_output(out, self.predict(out.last_hidden_state), labels), as_dict)
+        return finish(masked_lm_output(self, out, self.predict(out.last_hidden_state), labels), as_dict)
 
 
 class CausalLM(LanguageHead):
@@ -214,7 +214,7 @@ class CausalLM(LanguageHead):
         logits = self.predict(last_logits(out.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            loss = causal_lm_loss(logits, labels, num_items_in_batch=num_items_in_batch)
+            loss = self.loss_by(causal_lm_loss)(logits, labels, num_items_in_batch=num_items_in_batch)
         result = CausalLMOutputWithCrossAttentions(
             loss, logits, out.past_key_values, out.hidden_states, out.attentions, out.cross_attentions
         )
@@ -276,7 +276,7 @@ class SequenceClassification(Classifier):
             output_hidden_states=output_hidden_states,
             return_dict=return_dict,
         )
-        return finish(sequence_classifier_output(out, self.classify(out), labels, self.config), as_dict)
+        return finish(sequence_classifier_output(self, out, self.classify(out), labels), as_dict)
 
 
 class TokenClassification(Classifier):
@@ -318,7 +318,7 @@ class TokenClassification(Classifier):
             return_dict=return_dict,
         )
         logits = self.classifier(self.dropout(out.last_hidden_state))
-        return finish(token_classifier_output(out, logits, labels), as_dict)
+        return finish(token_classifier_output(self, out, logits, labels), as_dict)
 
 
 class QuestionAnswering(Head):
@@ -366,7 +366,7 @@ class QuestionAnswering(Head):
             return_dict=return_dict,
         )
         logits = self.qa_outputs(out.last_hidden_state)
-        return finish(question_answering_output(out, logits, start_positions, end_positions), as_dict)
+        return finish(question_answering_output(self, out, logits, start_positions, end_positions), as_dict)
 
 
 class MultipleChoice(Head):
@@ -419,4 +419,4 @@ class MultipleChoice(Head):
             return_dict=return_dict,
         )
         logits = self.classifier(self.dropout(out.pooler_output))
-        return finish(multiple_choice_output(out, logits, labels, choices), as_dict)
+        return finish(multiple_choice_output(self, out, logits, labels, choices), as_dict)

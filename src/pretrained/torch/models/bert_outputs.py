@@ -23,53 +23,60 @@ from pretrained.torch.outputs import (
 )
 
 
-def masked_lm_output(out: Any, logits: torch.Tensor, labels: torch.Tensor | None) -> MaskedLMOutput:
+def masked_lm_output(
+    model: Any, out: Any, logits: torch.Tensor, labels: torch.Tensor | None
+) -> MaskedLMOutput:
     """Return a masked language model's output.
 
     Args:
+        model: The model, which says by what the loss is computed.
         out: The stack's output.
         logits: [B, T, V].
         labels: [B, T] ids of the masked tokens, -100 to leave out; None for no loss.
     """
-    loss = None if labels is None else token_loss(logits, labels)
+    loss = None if labels is None else model.loss_by(token_loss)(logits, labels)
     return MaskedLMOutput(loss, logits, out.hidden_states, out.attentions)
 
 
 def sequence_classifier_output(
-    out: Any, logits: torch.Tensor, labels: torch.Tensor | None, config: PreTrainedConfig
+    model: Any, out: Any, logits: torch.Tensor, labels: torch.Tensor | None
 ) -> SequenceClassifierOutput:
     """Return a sequence classifier's output.
 
     Args:
+        model: The model, which says by what the loss is computed; its config's `problem_type` has a say.
         out: The stack's output.
         logits: [B, N].
         labels: As `sequence_classification_loss` has it; None for no loss.
-        config: Its `problem_type` decides about the loss.
     """
-    loss = None if labels is None else sequence_classification_loss(logits, labels, config)
+    loss = None
+    if labels is not None:
+        loss = model.loss_by(sequence_classification_loss)(logits, labels, model.config)
     return SequenceClassifierOutput(loss, logits, out.hidden_states, out.attentions)
 
 
 def token_classifier_output(
-    out: Any, logits: torch.Tensor, labels: torch.Tensor | None
+    model: Any, out: Any, logits: torch.Tensor, labels: torch.Tensor | None
 ) -> TokenClassifierOutput:
     """Return a token classifier's output.
 
     Args:
+        model: The model, which says by what the loss is computed.
         out: The stack's output.
         logits: [B, T, N].
         labels: [B, T] classes, -100 to leave out; None for no loss.
     """
-    loss = None if labels is None else token_loss(logits, labels)
+    loss = None if labels is None else model.loss_by(token_loss)(logits, labels)
     return TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions)
 
 
 def question_answering_output(
-    out: Any, logits: torch.Tensor, starts: torch.Tensor | None, ends: torch.Tensor | None
+    model: Any, out: Any, logits: torch.Tensor, starts: torch.Tensor | None, ends: torch.Tensor | None
 ) -> QuestionAnsweringModelOutput:
     """Return the output of extractive question answering.
 
     Args:
+        model: The model, which says by what the loss is computed.
         out: The stack's output.
         logits: [B, T, 2], of both ends.
         starts: [B] index of the answer's first token; None for no loss.
@@ -78,23 +85,24 @@ def question_answering_output(
     start, end = (part.contiguous() for part in logits.unbind(-1))
     loss = None
     if starts is not None and ends is not None:
-        loss = question_answering_loss(start, end, starts, ends)
+        loss = model.loss_by(question_answering_loss)(start, end, starts, ends)
     return QuestionAnsweringModelOutput(loss, start, end, out.hidden_states, out.attentions)
 
 
 def multiple_choice_output(
-    out: Any, logits: torch.Tensor, labels: torch.Tensor | None, choices: int
+    model: Any, out: Any, logits: torch.Tensor, labels: torch.Tensor | None, choices: int
 ) -> MultipleChoiceModelOutput:
     """Return a multiple-choice model's output.
 
     Args:
+        model: The model, which says by what the loss is computed.
         out: The stack's output, of B * C rows.
         logits: [B * C, 1].
         labels: [B] index of the right choice; None for no loss.
         choices: C.
     """
     logits = logits.view(-1, choices)
-    loss = None if labels is None else token_loss(logits, labels)
+    loss = None if labels is None else model.loss_by(token_loss)(logits, labels)
     return MultipleChoiceModelOutput(loss, logits, out.hidden_states, out.attentions)
 
 

@@ -294,7 +294,7 @@ class DistilBertForMaskedLM(_Head):
         inputs = (input_ids, attention_mask, inputs_embeds, position_ids)
         out, as_dict = self.run(*inputs, output_attentions, output_hidden_states, return_dict=return_dict)
         x = self.vocab_layer_norm(self.activation(self.vocab_transform(out.last_hidden_state)))
-        return finish(bert_outputs.masked_lm_output(out, self.vocab_projector(x), labels), as_dict)
+        return finish(bert_outputs.masked_lm_output(self, out, self.vocab_projector(x), labels), as_dict)
 
 
 class _FirstTokenHead(_Head):
@@ -348,7 +348,7 @@ class DistilBertForSequenceClassification(_FirstTokenHead):
         """
         inputs = (input_ids, attention_mask, inputs_embeds, position_ids)
         out, as_dict = self.run(*inputs, output_attentions, output_hidden_states, return_dict=return_dict)
-        result = bert_outputs.sequence_classifier_output(out, self.score(out), labels, self.config)
+        result = bert_outputs.sequence_classifier_output(self, out, self.score(out), labels)
         return finish(result, as_dict)
 
 
@@ -388,7 +388,7 @@ class DistilBertForQuestionAnswering(_Head):
         inputs = (input_ids, attention_mask, inputs_embeds, position_ids)
         out, as_dict = self.run(*inputs, output_attentions, output_hidden_states, return_dict=return_dict)
         logits = self.qa_outputs(self.dropout(out.last_hidden_state))
-        result = bert_outputs.question_answering_output(out, logits, start_positions, end_positions)
+        result = bert_outputs.question_answering_output(self, out, logits, start_positions, end_positions)
         return finish(result, as_dict)
 
 
@@ -426,7 +426,7 @@ class DistilBertForTokenClassification(_Head):
         inputs = (input_ids, attention_mask, inputs_embeds, position_ids)
         out, as_dict = self.run(*inputs, output_attentions, output_hidden_states, return_dict=return_dict)
         logits = self.classifier(self.dropout(out.last_hidden_state))
-        return finish(bert_outputs.token_classifier_output(out, logits, labels), as_dict)
+        return finish(bert_outputs.token_classifier_output(self, out, logits, labels), as_dict)
 
 
 class DistilBertForMultipleChoice(_FirstTokenHead):
@@ -472,4 +472,5 @@ class DistilBertForMultipleChoice(_FirstTokenHead):
             output_hidden_states=output_hidden_states,
             return_dict=return_dict,
         )
-        return finish(bert_outputs.multiple_choice_output(out, self.score(out), labels, choices), as_dict)
+        result = bert_outputs.multiple_choice_output(self, out, self.score(out), labels, choices)
+        return finish(result, as_dict)

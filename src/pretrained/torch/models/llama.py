@@ -317,7 +317,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         logits = self.lm_head(last_logits(out.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            loss = causal_lm_loss(logits, labels, num_items_in_batch=num_items_in_batch)
+            loss = self.loss_by(causal_lm_loss)(logits, labels, num_items_in_batch=num_items_in_batch)
         result = CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
         return finish(result, as_dict)
 

@@ -166,7 +166,7 @@ class T5ForConditionalGeneration(T5EncoderDecoder, GenerationMixin):
         logits = self.lm_head(x)
         loss = None
         if labels is not None:
-            loss = token_loss(logits, labels, num_items_in_batch=num_items_in_batch)
+            loss = self.loss_by(token_loss)(logits, labels, num_items_in_batch=num_items_in_batch)
         return finish(Seq2SeqLMOutput(loss, logits, *rest_of(out)), as_dict)
 
 
@@ -304,7 +304,9 @@ class T5ForSequenceClassification(T5PreTrainedModel):
         rows = torch.arange(input_ids.shape[0], device=input_ids.device)
         chosen = out.last_hidden_state[rows, last_eos(input_ids, self.config.eos_token_id)]
         logits = self.classification_head(chosen)
-        loss = None if labels is None else sequence_classification_loss(logits, labels, self.config)
+        loss = None
+        if labels is not None:
+            loss = self.loss_by(sequence_classification_loss)(logits, labels, self.config)
         return finish(Seq2SeqSequenceClassifierOutput(loss, logits, *rest_of(out)), as_dict)
 
 
@@ -375,7 +377,7 @@ class T5ForTokenClassification(T5PreTrainedModel):
             input_ids, attention_mask, inputs_embeds, output_attentions, output_hidden_states, True
         )
         logits = self.classifier(self.dropout(out.last_hidden_state))
-        loss = None if labels is None else token_loss(logits, labels)
+        loss = None if labels is None else self.loss_by(token_loss)(logits, labels)
         return finish(TokenClassifierOutput(loss, logits, out.hidden_states, out.attentions), as_dict)
 
 
@@ -457,5 +459,5 @@ class T5ForQuestionAnswering(T5EncoderDecoder):
         start, end = (part.contiguous() for part in self.qa_outputs(out.last_hidden_state).unbind(-1))
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = question_answering_loss(start, end, start_positions, end_positions)
+            loss = self.loss_by(question_answering_loss)(start, end, start_positions, end_positions)
         return finish(Seq2SeqQuestionAnsweringModelOutput(loss, start, end, *rest_of(out)), as_dict)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from pretrained.torch.cache import Cache
 from pretrained.torch.mapped_mixin import check_files
+from pretrained.torch.packed_products import packed_product
 from pretrained.torch.products import Form, Product, choose, make_product
 from pretrained.torch.weight_copies import WeightCopies, copies_of
 
@@ -169,8 +170,12 @@ class Products:
             *layers: `nn.Linear`, or layers with a method ``decode_product(rows)``.
         """
         if not all(type(layer) is nn.Linear for layer in layers):
-            return _beside([_own_product(layer, self._rows) for layer in layers])
+            joined = packed_product(layers, self._rows)
+            return joined or _beside([self._own(layer) for layer in layers])
         return self.dense([layer.weight for layer in layers], [layer.bias for layer in layers])
+
+    def _own(self, layer: Any) -> Product:
+        return packed_product([layer], self._rows) or _own_product(layer, self._rows)
 
     def transposed(self, layer: Any) -> Product:
         """Return the product of a `Conv1D`, whose weight is stored [in, out].
