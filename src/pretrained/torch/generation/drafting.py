@@ -15,6 +15,7 @@ from pretrained.core.generation_config import GenerationConfig
 from pretrained.core.generation_fields import FIELDS
 from pretrained.errors import GenerationError, NotYetError
 from pretrained.torch.cache import layer_windows
+from pretrained.torch.cache_quantized import QuantizedLayer
 from pretrained.torch.generation.assisted import (
     AssistedCandidateGenerator,
     DraftLength,
@@ -221,6 +222,13 @@ def build_candidates(
                 where="watermarking_config",
                 mend="Leave the draft out, or use WatermarkingConfig.",
             )
+    if any(isinstance(layer, QuantizedLayer) for layer in getattr(run.decoder.cache, "layers", ())):
+        raise GenerationError(
+            "What a quantized cache rounds depends on how many tokens come at once, so drafts would change "
+            "the text",
+            where="past_key_values" if config.cache_implementation is None else "cache_implementation",
+            mend='Leave the draft out, or use another cache, such as "dynamic" or "offloaded".',
+        )
     ends = _as_list(config.eos_token_id)
     if config.prompt_lookup_num_tokens is not None:
         return PromptLookupCandidateGenerator(
