@@ -2,9 +2,9 @@
 """Decoding with dense weights: tokens a second of whole calls, a prompt of 64 tokens and 128 new ones.
 
 Both sides hold the same weights. Each process runs a short call first, which also makes what later calls
-keep, and then as many measured ones as fit into a few seconds; the best of them counts. Our side also sums a large
-array, as fast as this machine reads memory, and says how near to that limit a step comes which does nothing
-but read every weight once.
+keep, and then as many measured ones as fit into a few seconds; the best of them counts. Our side also sums a
+large array, as fast as this machine reads memory, and says which share of that rate a token is that reads
+every weight of the decoder once.
 """
 
 from __future__ import annotations
@@ -98,4 +98,4 @@ def _row(name: str, runs: int) -> Comparison:
     ours = _PROGRAM.format(model=model, settings="weight_copies=True", limit=_LIMIT, **common)
     peer = _PROGRAM.format(model=model + _ADOPT, settings="", limit="", **common)
     target = Target(f"at least {ratio:g} times the peer's", "tokens_per_s", least=ratio, against=PEER)
-    return compare(f"Decoding, {title}", {OURS: ours, PEER: peer}, [target], runs=runs)
+    return compare(f"Decoding, {title}", {OURS: ours, PEER: peer}, [target], runs=runs, warmups=0)

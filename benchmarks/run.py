@@ -2,7 +2,8 @@
 """Run benchmarks and write the figures: ``make bench``, or ``python benchmarks/run.py NAME ...``.
 
 NAME is a script's, or one row of it: ``loading:cold``, ``generation:bf16``. ``--quick`` uses a checkpoint of
-1 GB instead of 5.57, fewer rounds, and files of results of its own. Rows that were not run keep their figures.
+1 GB instead of 5.57, fewer rounds, and files of results of its own. Rows that were not run keep their
+figures.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from report import main as write_page
 from report import outcome, reached, text
 
 _ALL = ("import_time", "load_gguf", "loading", "generation", "drafts", "packed", "compiled")
+_ALL += ("many", "first_character")
 
 
 def main() -> None:

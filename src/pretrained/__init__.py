@@ -187,6 +187,8 @@ _NAMES = {
         "StoppingCriteria",
         "StoppingCriteriaList",
     ),
+    "pretrained.torch.generation.prefixes": ("PrefixCache",),
+    "pretrained.torch.generation.turns": ("TurnCache",),
     "pretrained.torch.generation.streamers": (
         "AsyncTextIteratorStreamer",
         "BaseStreamer",

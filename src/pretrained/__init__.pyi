@@ -128,6 +128,7 @@ from pretrained.torch.generation.outputs import GreedySearchDecoderOnlyOutput as
 from pretrained.torch.generation.outputs import GreedySearchEncoderDecoderOutput as GreedySearchEncoderDecoderOutput
 from pretrained.torch.generation.outputs import SampleDecoderOnlyOutput as SampleDecoderOnlyOutput
 from pretrained.torch.generation.outputs import SampleEncoderDecoderOutput as SampleEncoderDecoderOutput
+from pretrained.torch.generation.prefixes import PrefixCache as PrefixCache
 from pretrained.torch.generation.stopping import ConfidenceCriteria as ConfidenceCriteria
 from pretrained.torch.generation.stopping import EosTokenCriteria as EosTokenCriteria
 from pretrained.torch.generation.stopping import MaxLengthCriteria as MaxLengthCriteria
@@ -139,6 +140,7 @@ from pretrained.torch.generation.streamers import AsyncTextIteratorStreamer as A
 from pretrained.torch.generation.streamers import BaseStreamer as BaseStreamer
 from pretrained.torch.generation.streamers import TextIteratorStreamer as TextIteratorStreamer
 from pretrained.torch.generation.streamers import TextStreamer as TextStreamer
+from pretrained.torch.generation.turns import TurnCache as TurnCache
 from pretrained.torch.generation.warpers import EpsilonLogitsWarper as EpsilonLogitsWarper
 from pretrained.torch.generation.warpers import EtaLogitsWarper as EtaLogitsWarper
 from pretrained.torch.generation.warpers import MinPLogitsWarper as MinPLogitsWarper

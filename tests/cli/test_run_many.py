@@ -336,3 +336,29 @@ def test_the_state_of_a_file_is_its_bytes(tmp_path):
     file.write_bytes(b"abc" * 500_000)
     assert InputState.of(file) == InputState.of(file, 1_500_000)
     assert InputState.of(file, 3).size == 3
+
+
+@pytest.mark.realweights
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal")
+def test_the_command_is_killed_again_and_again(tmp_path, smollm2_gguf):
+    prompts, out, whole = (tmp_path / name for name in ("prompts.jsonl", "answers.jsonl", "whole.jsonl"))
+    write_lines(prompts, [{"prompt": f"Say {number}.", "n": number} for number in range(40)])
+    more = ["--max-new-tokens", "16", "--rows", "4", "--quiet", "--dtype", "float32"]
+    chance, kills = random.Random(1), 0
+    command = [sys.executable, "-m", "pretrained.cli.main"]
+    while True:
+        program = subprocess.Popen([*command, *words(prompts, out, *more, model=smollm2_gguf)])
+        try:
+            assert program.wait(2 + 8 * chance.random()) == 0
+            break
+        except subprocess.TimeoutExpired:
+            program.kill()
+            program.wait()
+            kills += 1
+    assert kills
+    assert main(words(prompts, whole, *more, model=smollm2_gguf)) == 0
+    found = read_lines(out)
+    assert sorted(line["line"] for line in found) == list(range(1, 41))
+    expected = {line["line"]: line for line in read_lines(whole)}
+    assert {line["line"]: line for line in found} == expected

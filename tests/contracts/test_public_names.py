@@ -77,7 +77,7 @@ GROUPS = {
     "callers make caches, keep them between calls, and build them from layers": words("""
         Cache DynamicCache StaticCache SlidingWindowCache QuantizedCache EncoderDecoderCache
         CacheLayer DynamicLayer DynamicSlidingLayer StaticLayer StaticSlidingWindowLayer QuantizedLayer
-        OffloadedLayer
+        OffloadedLayer TurnCache PrefixCache
         """),
     "type annotations and isinstance on what forwards return": words("""
         ModelOutput BaseModelOutput BaseModelOutputWithPast BaseModelOutputWithPastAndCrossAttentions

@@ -430,3 +430,21 @@ def test_attend_follows_the_config():
     )
     assert weights.shape == (BATCH, HEADS, QUERIES, QUERIES)
     assert_close(eager, out, "eager against sdpa")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True, "by head"])
+def test_one_query_of_grouped_heads_equals_eager(dtype, masked):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, 8).to(dtype) for heads, n in ((6, 1), (2, 5), (2, 5)))
+    mask = None
+    if masked:
+        mask = torch.rand(2, 6 if masked == "by head" else 1, 1, 5) > 0.4
+        mask[..., 0] = True
+    module = torch.nn.Module().eval()
+    found, _ = sdpa_attention(module, q, k, v, mask, scaling=0.3, is_causal=True)
+    right, _ = eager_attention(module, q.float(), k.float(), v.float(), mask, scaling=0.3, is_causal=True)
+    assert found.shape == (2, 1, 6, 8)
+    torch.testing.assert_close(
+        found.float(), right, rtol=1e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-5
+    )

@@ -46,7 +46,7 @@ class ContinuousBatchingConfig:
         max_memory_percent: That share, above 0 and up to 1; None for 0.5 on a CPU and 0.8 on other devices.
         max_requests_per_batch: Rows that run at once at most; None for 64 on a CPU and 256 elsewhere.
         max_batch_tokens: Tokens in one step at most: each running answer counts one, prompts share the rest
-            and are cut where they do not fit. None for 256 on a CPU and 2048 elsewhere.
+            and are cut where they do not fit. None for 512 on a CPU and 2048 elsewhere.
         allow_block_sharing: Whether prompts that begin alike share the pages of their beginning.
         return_logprobs: Return the logarithm of each token's probability.
         seed: Where the chance of sampled requests without a seed of their own comes from: the n-th request

@@ -178,7 +178,7 @@ FIELDS: Mapping[str, Field] = {
     "speculation_type": Field(None, _anything, "strategy", later=True),
     "prompt_lookup_num_tokens": Field(None, _integer(1), "strategy"),
     "assistant_early_exit": Field(None, _integer(1), "strategy"),
-    "token_healing": Field(False, _flag, "strategy", later=True),
+    "token_healing": Field(False, _flag, "strategy"),
     "watermarking_config": Field(None, wrong_watermark, "strategy"),
     "low_memory": Field(None, _flag, "strategy"),
     "early_stopping": Field(False, _one_of(True, False, "never"), "beams"),

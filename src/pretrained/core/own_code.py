@@ -194,6 +194,49 @@ def load_class(source: Source, auto_map: Mapping[str, Any], key: str, options: C
     return found
 
 
+def load_function(source: Source, file: str, name: str, options: CodeOptions) -> Callable[..., Any]:
+    """Run a file of a folder or repository, and return a function of it.
+
+    Args:
+        source: Where the file is.
+        file: Its name, relative to the folder.
+        name: The function.
+        options: What the call said.
+
+    Raises:
+        ConfigError: the call did not trust the code, it fails, or has no such function.
+        FileError: there is no such file.
+        ArgumentError: a repository, and no revision of it.
+        MissingDependencyError: the code imports a package that is not installed.
+    """
+    wanted = Reference(None, file.removesuffix(".py").replace("/", "."), name)
+    if not options.trust:
+        raise ConfigError(
+            f"{name} would have to run code that comes with {source}, and was not told to",
+            where=f"{source}, {file}",
+            found=f"function {name} in {file}",
+            mend="Read that file. If you trust it pass trust_remote_code=True, and for a repository its "
+            "revision.",
+        )
+    code = _source_of_code(source, wanted, options)
+    code.require(file)
+    files = collect(lambda path: code.file(path, required=False), [wanted.module])
+    logger.warning(
+        "trust_remote_code: running %s of %s%s for %s",
+        ", ".join(sorted(path.name for path, _ in files.values())),
+        code.name if code.kind == "hub" else code.folder.absolute(),
+        f" at {code.commit}" if code.commit else "",
+        name,
+    )
+    function = getattr(_import(_package(files), wanted, files), name, None)
+    if not callable(function):
+        raise ConfigError(
+            f"{file} has no function {name}", where=str(source), mend=f"Write def {name}(model, ...) in it."
+        )
+    found: Callable[..., Any] = function
+    return found
+
+
 def _source_of_code(source: Source, reference: Reference, options: CodeOptions) -> Source:
     """Return where the file of a reference is, having asked for the version that was read."""
     if reference.repository is not None:

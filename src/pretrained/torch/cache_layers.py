@@ -223,6 +223,13 @@ class CacheLayer(ABC):
         self._keys, self._values = keys, values
         self._start, self._length, self._owned = 0, keys.shape[2], False
 
+    def resume(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Go on from all the keys and values of tokens that ran elsewhere.
+
+        They are copied before anything is written, so that several caches can begin with the same ones.
+        """
+        self.adopt(keys, values)
+
     def _check(self, key_states: torch.Tensor) -> None:
         held = self.batch_size
         if held not in (-1, key_states.shape[0]):
@@ -411,6 +418,12 @@ class DynamicSlidingLayer(WindowLayer):
         values = self._values.narrow(2, end - shown, shown)  # type: ignore[union-attr]
         self._forget()
         return keys, values
+
+    def resume(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Go on from all the keys and values of tokens that ran elsewhere; of them the window is kept."""
+        kept = min(keys.shape[2], self.sliding_window - 1 + self.margin)
+        self._seen = keys.shape[2]
+        self.adopt(*(states.narrow(2, self._seen - kept, kept) for states in (keys, values)))
 
     def _forget(self) -> None:
         kept = min(self._length, self.sliding_window - 1 + self.margin)

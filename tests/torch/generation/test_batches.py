@@ -452,6 +452,30 @@ def test_a_queue_with_a_bound_makes_adding_wait(llama):
         assert len({manager.get_result(timeout=30).request_id for _ in names}) == 6
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same_tokens():
+    model, prompts = build("MistralForCausalLM"), random_prompts()
+    expected = [alone(model, prompt, max_new_tokens=12) for prompt in prompts]
+    found = model.cuda().generate_batch(
+        prompts, continuous_batching_config={"page_size": 4, "num_blocks": 30}, max_new_tokens=12
+    )
+    assert [one.generated_tokens for one in found.values()] == expected
+
+
+def test_weights_on_disk_serve_too(tmp_path, llama):
+    llama.save_pretrained(tmp_path)
+    model = pretrained.LlamaForCausalLM.from_pretrained(
+        tmp_path, device_map={"model.layers.0": "cpu", "": "disk"}, dtype=torch.float32
+    )
+    prompts = random_prompts(5)
+    expected = llama.generate_batch(prompts, max_new_tokens=6)
+    found = model.generate_batch(prompts, max_new_tokens=6)
+    assert [one.generated_tokens for one in found.values()] == [
+        one.generated_tokens for one in expected.values()
+    ]
+
+
 # -- texts and real weights -------------------------------------------------------------------------
 
 

@@ -415,6 +415,10 @@ BAD_INPUTS = [
     ),
     ({"input_ids": PROMPT, "stop_strings": ["x"]}, r"no tokenizer to make it.*Pass tokenizer="),
     ({"input_ids": PROMPT, "streamer": print}, r"streamer lacks put and end.*TextStreamer"),
+    (
+        {"input_ids": PROMPT, "streamer": TextStreamer(Letters()), "num_beams": 2},
+        r"A streamer shows tokens that will not change .*found num_beams=2\. Pass num_beams=1",
+    ),
     ({"input_ids": PROMPT, "bad_words_ids": [3]}, "bad_words_ids cannot be"),
     (
         {"input_ids": PROMPT, "num_beams": 2, "streamer": TextStreamer(Letters())},
@@ -475,7 +479,6 @@ def test_bad_input_is_refused_before_the_first_forward(toy, arguments, text):
 
 
 LATER = {
-    "token_healing": True,
     "use_mtp": True,
 }
 
@@ -490,23 +493,6 @@ def test_what_is_not_built_yet_is_refused_by_name(toy, name, value):
     with pytest.raises(NotYetError, match=name):
         toy.generate(PROMPT)
     assert toy.calls == []
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "synced_gpus", "custom_generate",
-    ],
-)  # fmt: skip
-def test_arguments_of_what_is_not_built_yet_are_refused(toy, name):
-    with pytest.raises(NotYetError, match=f"cannot use {name} yet"):
-        toy.generate(PROMPT, **{name: "something"})
-    toy.generate(PROMPT, **{name: None}, max_new_tokens=1)
-
-
-def test_token_healing_by_hand_is_not_built_yet(toy):
-    with pytest.raises(NotYetError, match="Token healing cannot be done yet"):
-        toy.heal_tokens(PROMPT)
 
 
 def test_neutral_values_of_what_is_not_built_yet_are_fine(toy):

@@ -160,6 +160,26 @@ def test_rows_that_change_places_and_drafts_that_are_taken_back():
         torch.testing.assert_close(rule(other, scores), fresh(other))
 
 
+def test_beams_are_guided_each_by_its_own_text():
+    """A rule without a cache knows nothing of what was there before."""
+    model = build("llama")
+    ids, mask = prompts(2)
+    negative, negative_mask = NEGATIVE.clone(), torch.ones_like(NEGATIVE)
+    negative[0, :2], negative_mask[0, :2] = 0, 0
+    arguments = {"attention_mask": mask, "num_beams": 3, "max_new_tokens": 8, "pad_token_id": 0}
+    found = model.generate(
+        ids,
+        guidance_scale=2.0,
+        negative_prompt_ids=negative,
+        negative_prompt_attention_mask=negative_mask,
+        **arguments,
+    )
+    slow = UnbatchedClassifierFreeGuidanceLogitsProcessor(
+        2.0, model, negative, negative_mask, use_cache=False, prompt_length=8
+    )
+    assert torch.equal(found, model.generate(ids, logits_processor=[slow], **arguments))
+
+
 def test_ones_own_guidance_takes_the_place():
     model = build("llama")
     ids, _ = prompts(1)

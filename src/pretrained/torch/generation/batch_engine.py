@@ -21,7 +21,7 @@ from pretrained.core.budgets import available_host_memory
 from pretrained.errors import GenerationError, NotYetError
 from pretrained.torch.cache import layer_windows
 from pretrained.torch.cache_paged import PagedCache, Piece, Step
-from pretrained.torch.generation.batch_requests import RequestStatus, Row
+from pretrained.torch.generation.batch_requests import RequestStatus, Row, input_device
 from pretrained.torch.generation.pages import Pages
 from pretrained.torch.generation.settings import parameters
 from pretrained.torch.generation.strategies import draw
@@ -47,10 +47,10 @@ class BatchEngine:
         refuse_model(model)
         check_files(model)
         self.model, self.config = model, config
-        self._device = model.device
+        self._device = input_device(model)
         on_cpu = self._device.type in ("cpu", "meta")
         self.max_rows = config.max_requests_per_batch or (64 if on_cpu else 256)
-        self._max_tokens = max(config.max_batch_tokens or (256 if on_cpu else 2048), 1)
+        self._max_tokens = config.max_batch_tokens or (512 if on_cpu else 2048)
         limit = _page_limit(model, config, on_cpu)
         self.pages = Pages(limit, config.page_size, share=config.allow_block_sharing)
         self.cache = PagedCache(model.config, config.page_size)
@@ -310,10 +310,10 @@ class BatchEngine:
                 if row.processors:
                     ids = torch.tensor([row.tokens], device=scores.device) if row.reads_tokens else nothing
                     own = row.processors(ids, own)
-                if row.generator is None:
+                if row.seed is None:
                     confidence, token = own.max(dim=-1)
                 else:
-                    confidence, token = draw(own.softmax(-1), row.generator)
+                    confidence, token = draw(own.softmax(-1), row.generator(own.device))
             except Exception as error:
                 # A rule of the user's: only its own row is lost.
                 failures[index] = error

@@ -105,7 +105,7 @@ class Row:
         stops: Looks for stop strings, or None.
         processors: Rules on the scores; empty for none.
         reads_tokens: Whether any of them looks at the tokens so far.
-        generator: Source of chance; None where the likeliest token is taken.
+        seed: Where its chance comes from; None where the likeliest token is taken.
         streaming: Whether every new token is handed out.
         computed: Tokens whose keys and values are in pages.
         pages: Those pages.
@@ -121,16 +121,28 @@ class Row:
     stops: StopStringCriteria | None
     processors: LogitsProcessorList
     reads_tokens: bool
-    generator: torch.Generator | None
+    seed: int | None
     streaming: bool = False
     computed: int = 0
     pages: list[int] = field(default_factory=list)
     known: tuple[int, int | None] = (0, None)
+    _generator: torch.Generator | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether the next token is simply the likeliest one."""
-        return self.generator is None and not self.processors
+        return self.seed is None and not self.processors
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """Return the source of chance.
+
+        Args:
+            device: Where the scores are.
+        """
+        if self._generator is None:
+            assert self.seed is not None
+            self._generator = torch.Generator(device).manual_seed(self.seed)
+        return self._generator
 
     def copy_of_output(self) -> GenerationOutput:
         """Return the answer so far."""
@@ -174,7 +186,7 @@ class Requests:
         self._settings = dict(settings)
         self._rules = list(logits_processor or ())
         self._vocabulary = vocabulary(model)
-        self._device = _device(model)
+        self._device = input_device(model)
         self._count = 0
         self._names: set[str] = set()
         self._settled = self._settle({})
@@ -227,7 +239,7 @@ class Requests:
             stops=next((rule for rule in criteria if isinstance(rule, StopStringCriteria)), None),
             processors=processors,
             reads_tokens=any(type(rule).__module__ != warpers.__name__ for rule in processors),
-            generator=self._generator(seed, number) if config.do_sample else None,
+            seed=self._seed(seed, number) if config.do_sample else None,
             streaming=streaming,
         )
 
@@ -323,13 +335,13 @@ class Requests:
             )
         return check_ids(ids.cpu(), self._vocabulary, f"inputs, request {name}").to(self._device)
 
-    def _generator(self, seed: int | None, number: int) -> torch.Generator:
+    def _seed(self, seed: int | None, number: int) -> int:
         if seed is None and self._batching.seed is not None:
             seed = self._batching.seed + number
         if seed is None:
             # From torch's own source, so that torch.manual_seed makes a whole run repeatable.
             seed = int(torch.randint(2**62, ()))
-        return torch.Generator(self._device).manual_seed(seed)
+        return seed
 
 
 def _tensor(prompt: Any, name: str) -> torch.Tensor:
@@ -347,8 +359,12 @@ def _tensor(prompt: Any, name: str) -> torch.Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def _device(model: Any) -> torch.device:
-    """Where tokens go in; the CPU where the first weights are not there yet (offloaded)."""
+def input_device(model: Any) -> torch.device:
+    """Return where tokens go in; the CPU where the first weights are not there yet (offloaded).
+
+    Args:
+        model: The model.
+    """
     weight = getattr(model.get_input_embeddings(), "weight", None)
     device = getattr(weight, "device", None) or model.device
     return torch.device("cpu") if device.type == "meta" else device

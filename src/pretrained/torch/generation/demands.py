@@ -9,6 +9,7 @@ from typing import Any
 from pretrained.core.generation_config import GenerationConfig, GenerationMode
 from pretrained.errors import GenerationError
 from pretrained.torch.generation.dola import candidate_layers
+from pretrained.torch.generation.healing import refuse_encoders
 
 
 def check_demands(
@@ -43,6 +44,8 @@ def check_demands(
     if mode is GenerationMode.DOLA_GENERATION:
         candidate_layers(model, config.dola_layers)
     _check_guidance(model, config, negative_prompt_ids, negative_prompt_attention_mask)
+    if config.token_healing:
+        refuse_encoders(model)
     for name in ("stop_strings", "token_healing"):
         if getattr(config, name) and tokenizer is None:
             does = "are looked for in text" if name == "stop_strings" else "looks at the text of tokens"

@@ -50,7 +50,7 @@ class UnbatchedClassifierFreeGuidanceLogitsProcessor(LogitsProcessor):
         self.use_cache = use_cache is not False
         self._ids = unconditional_ids
         self._mask = unconditional_attention_mask
-        self._takes = parameters(type(model).forward)
+        self._takes = parameters(type(getattr(model, "unsynced", model)).forward)
         self._given_length = prompt_length
         self._prompt_length = -1
         self._fed = torch.empty((0, 0), dtype=torch.int64)

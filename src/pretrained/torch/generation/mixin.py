@@ -7,6 +7,7 @@ first forward, and nothing of it stays on the model afterwards.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -22,16 +23,24 @@ from pretrained.torch.generation.caches import check_cache
 from pretrained.torch.generation.checks import check_beams
 from pretrained.torch.generation.compiled import compiled_decoder
 from pretrained.torch.generation.contrastive import contrastive
+from pretrained.torch.generation.custom import (
+    check_custom,
+    load_custom,
+    run_custom,
+    run_loaded,
+    take_own_arguments,
+)
 from pretrained.torch.generation.demands import check_demands
 from pretrained.torch.generation.dola import dola
 from pretrained.torch.generation.drafting import Drafting, build_candidates, check_drafting
 from pretrained.torch.generation.guidance import guide
+from pretrained.torch.generation.healing import for_healing, heal, heal_by_hand
 from pretrained.torch.generation.inputs import GenerationInputs, lengths_of, prepare_inputs
 from pretrained.torch.generation.loop import Decoder, HookedDecoder, Sequences, prepare_step
 from pretrained.torch.generation.recorder import Recorder
 from pretrained.torch.generation.rules import build_criteria, build_processors
 from pretrained.torch.generation.scores import transition_scores
-from pretrained.torch.generation.settings import RELEASE, refuse_arguments, settle
+from pretrained.torch.generation.settings import RELEASE, settle
 from pretrained.torch.generation.speculative import speculative
 from pretrained.torch.generation.stopping import (
     EosTokenCriteria,
@@ -39,6 +48,7 @@ from pretrained.torch.generation.stopping import (
     MaxTimeCriteria,
     StoppingCriteriaList,
 )
+from pretrained.torch.generation.synced import SyncedModel, settle_synced
 from pretrained.torch.mapped_mixin import check_files
 
 logger = logging.getLogger("pretrained.generation")
@@ -98,7 +108,8 @@ class GenerationMixin(BatchGenerationMixin):
             logits_processor: Rules on the scores, applied after the config's and before the sampling filters.
             stopping_criteria: Rules for stopping, beside the config's.
             prefix_allowed_tokens_fn: ``f(row, ids) -> allowed ids``.
-            synced_gpus: Not offered yet.
+            synced_gpus: True to run forwards until the last process of torch.distributed is finished, for a
+                model that several processes hold parts of; None to look whether FSDP made it so.
             assistant_model: A smaller model that drafts tokens, which this one checks several at a time; the
                 text stays the same. Fields `num_assistant_tokens` and others say how.
             streamer: Is given the tokens as they come (`TextStreamer` and others).
@@ -106,11 +117,15 @@ class GenerationMixin(BatchGenerationMixin):
                 for the prompt's last token alone.
             negative_prompt_attention_mask: Its mask.
             use_model_defaults: False to leave out the model's own settings.
-            custom_generate: Not offered yet.
+            custom_generate: A function that decodes in place of a strategy: ``f(model, input_ids,
+                logits_processor=..., stopping_criteria=..., generation_config=..., **model_inputs)``, whose
+                result is returned. Or a folder or hub id with custom_generate/generate.py, whose function
+                `generate` is given the model and the arguments of this call; see `trust_remote_code`.
             generator: Source of chance for sampling; None for torch's global one.
-            tokenizer: For `stop_strings`, and beside `assistant_tokenizer`.
+            tokenizer: For `stop_strings` and `token_healing`, and beside `assistant_tokenizer`.
             assistant_tokenizer: Of an assistant with another vocabulary.
-            trust_remote_code: Accepted for compatibility; nothing here runs code of a model folder.
+            trust_remote_code: True to let the file that `custom_generate` names run. A repository also needs
+                its `revision`.
             **kwargs: Fields of `GenerationConfig` (None switches one off) and inputs of the model
                 (`attention_mask`, `inputs_embeds`, `encoder_outputs`, `past_key_values`, ...).
 
@@ -124,10 +139,26 @@ class GenerationMixin(BatchGenerationMixin):
                 scores that are not numbers.
             NotYetError: a setting whose feature does not exist yet.
         """
-        refuse_arguments(
-            custom_generate=custom_generate,
-            synced_gpus=synced_gpus,
-        )
+        check_custom(custom_generate)
+        if custom_generate is not None and not callable(custom_generate):
+            # All further arguments are the function's, as they are.
+            given = {
+                "inputs": inputs,
+                "generation_config": generation_config,
+                "logits_processor": logits_processor,
+                "stopping_criteria": stopping_criteria,
+                "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
+                "synced_gpus": synced_gpus,
+                "assistant_model": assistant_model,
+                "streamer": streamer,
+                "negative_prompt_ids": negative_prompt_ids,
+                "negative_prompt_attention_mask": negative_prompt_attention_mask,
+                "generator": generator,
+                "tokenizer": tokenizer,
+                "assistant_tokenizer": assistant_tokenizer,
+            }
+            return run_loaded(self, custom_generate, trust_remote_code, given, kwargs)
+        own = take_own_arguments(custom_generate, self, kwargs)
         config, model_inputs, by_user = settle(self, generation_config, kwargs, use_model_defaults)
         mode = config.get_generation_mode(assistant_model)
         check_demands(
@@ -142,13 +173,21 @@ class GenerationMixin(BatchGenerationMixin):
         )
         drafting = Drafting(assistant_model, tokenizer, assistant_tokenizer)
         check_drafting(self, config, by_user, drafting, {"inputs": inputs, **model_inputs})
-        strategy = _STRATEGIES.get(mode)
+        strategy: Callable[[strategies.Run], Any] | None = _STRATEGIES.get(mode)
+        synced = settle_synced(self, synced_gpus, mode)
+        runner: Any = SyncedModel(self) if synced else self
+        if custom_generate is not None:
+            more = {"streamer": streamer, "tokenizer": tokenizer, "generator": generator}
+            more |= {"assistant_model": assistant_model, "synced_gpus": synced or None}
+            strategy = functools.partial(run_custom, custom_generate, own, more)
         if strategy is None:
             raise NotYetError(f"{mode.value} cannot be run yet", mend=RELEASE)
         check_cache(config)
         check_files(self)
         check_beams(self, config)
         prepared = prepare_inputs(self, config, inputs, model_inputs)
+        if config.token_healing:
+            prepared = for_healing(prepared)
         lengths = lengths_of(self, config, by_user, prepared)
         processors = build_processors(
             config,
@@ -159,7 +198,7 @@ class GenerationMixin(BatchGenerationMixin):
             vocab_size=getattr(self.config, "vocab_size", None),  # type: ignore[attr-defined]
         )
         processors = guide(
-            self, config, mode, prepared, processors, negative_prompt_ids, negative_prompt_attention_mask
+            runner, config, mode, prepared, processors, negative_prompt_ids, negative_prompt_attention_mask
         )
         criteria = build_criteria(config, lengths, tokenizer=tokenizer, user=stopping_criteria)
         lengths = lengths.reaching(criteria.max_length)
@@ -168,8 +207,10 @@ class GenerationMixin(BatchGenerationMixin):
         compiled = compiled_decoder(self, prepared, config, mode, is_hooked=plain is HookedDecoder)
         # Contrastive search runs the last token too, to see what it would be like.
         ahead = int(strategy is contrastive)
+        if config.token_healing:
+            heal(runner, prepared, tokenizer)
         run = strategies.Run(
-            model=self,
+            model=runner,
             config=config,
             inputs=prepared,
             lengths=lengths,
@@ -187,7 +228,14 @@ class GenerationMixin(BatchGenerationMixin):
         )
         if mode is GenerationMode.ASSISTED_GENERATION:
             run.candidates = build_candidates(run, drafting, prepared, _decoder_of)
-        _stream(strategy, run)
+        run.decoder.model = runner
+        try:
+            result = _stream(strategy, run, ends=custom_generate is None)
+        finally:
+            if synced:
+                runner.finish()
+        if custom_generate is not None:
+            return result
         sequences = run.sequences.ids.contiguous()
         if not config.return_dict_in_generate:
             return sequences
@@ -244,13 +292,39 @@ class GenerationMixin(BatchGenerationMixin):
         return transition_scores(sequences, scores, beam_indices, normalize_logits)
 
     def heal_tokens(self, input_ids: torch.Tensor, tokenizer: Any = None) -> torch.Tensor:
-        """Replace a prompt's last token by the one its text would become; not offered yet.
+        """Replace each prompt's last token by the likeliest one whose text begins like it.
 
         Args:
-            input_ids: [batch, length].
+            input_ids: [batch, length], padded on the left with the tokenizer's padding token.
             tokenizer: The tokenizer of the prompt.
+
+        Returns:
+            [batch, length].
+
+        Raises:
+            GenerationError: no tokenizer, an encoder-decoder, or ids that are none.
         """
-        raise NotYetError("Token healing cannot be done yet", where="heal_tokens", mend=RELEASE)
+        return heal_by_hand(self, input_ids, tokenizer)
+
+    def load_custom_generate(
+        self,
+        pretrained_model_name_or_path: str | None = None,
+        trust_remote_code: bool | None = None,
+        **kwargs: Any,
+    ) -> Callable[..., Any]:
+        """Return the function `generate` of custom_generate/generate.py in a folder or repository.
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub id; None for where the model is from.
+            trust_remote_code: True to let that file run; read it first.
+            **kwargs: Hub arguments; a repository needs its `revision`.
+
+        Raises:
+            ConfigError: the code was not trusted, or fails.
+            ArgumentError: a repository, and no revision of it.
+            FileError: there is no such file.
+        """
+        return load_custom(pretrained_model_name_or_path, self, trust_remote_code, dict(kwargs))
 
 
 def _padding(config: GenerationConfig) -> int | None:
@@ -280,17 +354,18 @@ def _decoder_of(model: Any) -> type[Decoder]:
     return HookedDecoder if is_hooked else Decoder
 
 
-def _stream(strategy: Callable[[strategies.Run], None], run: strategies.Run) -> None:
-    """Run a strategy with its streamer told of the beginning and of every kind of end."""
+def _stream(strategy: Callable[[strategies.Run], Any], run: strategies.Run, *, ends: bool = True) -> Any:
+    """Run a strategy with its streamer told of the beginning and, with `ends`, of every kind of end."""
     streamer = run.streamer
     if streamer is None:
-        strategy(run)
-        return
+        return strategy(run)
     try:
         streamer.put(run.sequences.ids.cpu())
-        strategy(run)
+        result = strategy(run)
     except BaseException as error:
         # Whoever reads the stream in another thread must not wait for ever.
         getattr(streamer, "fail", lambda _: streamer.end())(error)
         raise
-    streamer.end()
+    if ends:
+        streamer.end()
+    return result

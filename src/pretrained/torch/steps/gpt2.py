@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pretrained.torch.cache import Cache
 from pretrained.torch.inputs import embed_tokens
-from pretrained.torch.steps.common import Products, is_stock
+from pretrained.torch.steps.common import Products, attend_once, is_stock
 
 _MODULES = frozenset({"nn", "models.gpt2", "models.gpt2_layers"})
 
@@ -89,6 +89,5 @@ class _Block:
         rows, width = self._rows, self._width
         q, k, v = self._in(self._norm(x)).view(rows, 3, -1, width).transpose(0, 1).unsqueeze(3).unbind(0)
         k, v = cache.update(k, v, index)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self._scaling)
-        x = x + self._out(out.reshape(rows, -1))
+        x = x + self._out(attend_once(q, k, v, mask, self._scaling).reshape(rows, -1))
         return x + self._down(self._act(self._up(self._mlp_norm(x))))

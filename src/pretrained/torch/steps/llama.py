@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from pretrained.torch.cache import Cache
 from pretrained.torch.inputs import embed_tokens
-from pretrained.torch.steps.common import Products, is_stock, make_norm
+from pretrained.torch.steps.common import Products, attend_once, is_stock, make_norm
 
 _MODULES = frozenset(
     {"nn"} | {f"models.{name}" for name in ("llama", "mistral", "qwen2", "qwen3", "smollm3")}
@@ -126,9 +125,8 @@ class _Layer:
         self._out = products(attention.o_proj)
         self._up = products(mlp.gate_proj, mlp.up_proj)
         self._mlp_norm = make_norm(layer.post_attention_layernorm, rows, self._up)
-        self._gate = mlp.gate_proj.out_features
         self._down = products(mlp.down_proj)
-        self._act = F.silu if mlp.act_fn is F.silu else mlp.act_fn
+        self._act = mlp.act_fn
         self._rows = rows
 
     def __call__(
@@ -141,18 +139,17 @@ class _Layer:
     ) -> torch.Tensor:
         rows, width, queries, keys = self._rows, self._width, self._queries, self._keys
         heads = self._in(self._norm(x)).view(rows, -1, width)
-        qk, v = heads.narrow(1, 0, queries + keys), heads.narrow(1, queries + keys, keys)
+        qk, v = heads.split_with_sizes((queries + keys, keys), 1)
         if self._q_norm is not None:
             qk = torch.cat([self._q_norm(qk[:, :queries]), self._k_norm(qk[:, queries:])], dim=1)
         if self._rotates:
             cos, sin = rotary
             halves = qk.view(rows, queries + keys, 2, -1)
             qk = torch.addcmul(halves * cos, halves.flip(2), sin).view(rows, -1, width)
-        k, v = cache.update(qk.narrow(1, queries, keys).unsqueeze(2), v.unsqueeze(2), index)
+        q, k = qk.split_with_sizes((queries, keys), 1)
+        k, v = cache.update(k.unsqueeze(2), v.unsqueeze(2), index)
         # The query heads of one key-value head, as if they were queries of one head.
-        q = qk.narrow(1, 0, queries).view(rows, keys, -1, width)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self._scaling)
-        x = x + self._out(out.reshape(rows, -1))
-        gated = self._up(self._mlp_norm(x))
-        gate, up = gated.narrow(1, 0, self._gate), gated.narrow(1, self._gate, self._gate)
+        q = q.view(rows, keys, -1, width)
+        x = x + self._out(attend_once(q, k, v, mask, self._scaling).reshape(rows, -1))
+        gate, up = self._up(self._mlp_norm(x)).chunk(2, dim=1)
         return x + self._down(self._act(gate) * up)

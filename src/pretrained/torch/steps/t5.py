@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from pretrained.torch.cache import Cache, EncoderDecoderCache
 from pretrained.torch.inputs import embed_tokens
 from pretrained.torch.masks import additive, padding_mask
-from pretrained.torch.steps.common import Products, is_stock, make_norm
+from pretrained.torch.steps.common import Products, attend_once, is_stock, make_norm
 
 _MODULES = frozenset({"nn"} | {f"models.{name}" for name in ("t5", "t5_layers", "t5_stacks", "mt5", "umt5")})
 _FIRST_POSITIONS = 256
@@ -141,12 +140,11 @@ class _Block:
         rows, width = self._rows, self._width
         q, k, v = self._in(self._norm(x)).view(rows, 3, -1, width).transpose(0, 1).unsqueeze(3).unbind(0)
         k, v = cache.update(k, v, index)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
-        x = x + self._out(out.reshape(rows, -1))
+        x = x + self._out(attend_once(q, k, v, bias, 1.0).reshape(rows, -1))
         k, v = cache.cross_attention_cache[index]
         # Beams of one text look at it as if they were more queries of one row.
         q = self._cross_in(self._cross_norm(x)).view(k.shape[0], -1, k.shape[1], width).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=encoder_mask, scale=1.0)
+        out = attend_once(q, k, v, encoder_mask, 1.0)
         x = x + self._cross_out(out.transpose(1, 2).reshape(rows, -1))
         wide = self._up(self._feed_norm(x))
         if self._gated:
