@@ -21,7 +21,7 @@ from pretrained.torch.generation import beams, strategies
 from pretrained.torch.generation.batch_mixin import BatchGenerationMixin
 from pretrained.torch.generation.caches import check_cache
 from pretrained.torch.generation.checks import check_beams
-from pretrained.torch.generation.compiled import compiled_decoder
+from pretrained.torch.generation.compiled import choose_decoder
 from pretrained.torch.generation.contrastive import contrastive
 from pretrained.torch.generation.custom import (
     check_custom,
@@ -203,8 +203,6 @@ class GenerationMixin(BatchGenerationMixin):
         criteria = build_criteria(config, lengths, tokenizer=tokenizer, user=stopping_criteria)
         lengths = lengths.reaching(criteria.max_length)
         behind = _may_look_behind(prepared, criteria, streamer)
-        plain = _decoder_of(self)
-        compiled = compiled_decoder(self, prepared, config, mode, is_hooked=plain is HookedDecoder)
         # Contrastive search runs the last token too, to see what it would be like.
         ahead = int(strategy is contrastive)
         if config.token_healing:
@@ -214,7 +212,7 @@ class GenerationMixin(BatchGenerationMixin):
             config=config,
             inputs=prepared,
             lengths=lengths,
-            decoder=(compiled or plain)(
+            decoder=choose_decoder(self, prepared, config, mode, _decoder_of(self))(
                 self, prepared, config, lengths.new_tokens + ahead, margin=int(behind) + ahead
             ),
             sequences=Sequences(prepared.input_ids, lengths.new_tokens),
