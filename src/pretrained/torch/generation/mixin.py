@@ -33,7 +33,7 @@ from pretrained.torch.generation.custom import (
 )
 from pretrained.torch.generation.demands import check_demands
 from pretrained.torch.generation.dola import dola
-from pretrained.torch.generation.drafting import Drafting, build_candidates, check_drafting
+from pretrained.torch.generation.drafting import Drafting, build_candidates
 from pretrained.torch.generation.guidance import guide
 from pretrained.torch.generation.healing import for_healing, heal, heal_by_hand
 from pretrained.torch.generation.inputs import GenerationInputs, lengths_of, prepare_inputs
@@ -173,8 +173,9 @@ class GenerationMixin(BatchGenerationMixin):
             negative_prompt_ids=negative_prompt_ids,
             negative_prompt_attention_mask=negative_prompt_attention_mask,
         )
-        drafting = Drafting(assistant_model, tokenizer, assistant_tokenizer)
-        check_drafting(self, config, by_user, drafting, {"inputs": inputs, **model_inputs})
+        drafting = Drafting(assistant_model, tokenizer, assistant_tokenizer).checked(
+            self, config, by_user, model_inputs
+        )
         strategy: Callable[[strategies.Run], Any] | None = _STRATEGIES.get(mode)
         synced = settle_synced(self, synced_gpus, mode)
         runner: Any = SyncedModel(self) if synced else self
@@ -230,8 +231,7 @@ class GenerationMixin(BatchGenerationMixin):
             generator=generator,
             behind=behind,
         )
-        if mode is GenerationMode.ASSISTED_GENERATION:
-            run.candidates = build_candidates(run, drafting, prepared, _decoder_of)
+        run.candidates = build_candidates(run, drafting, prepared, _decoder_of)
         run.decoder.model = runner
         with runner if synced else contextlib.nullcontext():
             result = _stream(strategy, run, ends=custom_generate is None)
