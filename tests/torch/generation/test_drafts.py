@@ -461,6 +461,22 @@ def test_a_cache_goes_on(llama):
         assert torch.equal(llama.generate(begun, max_new_tokens=11, past_key_values=cache, **way), whole)
 
 
+@pytest.mark.parametrize("name", ["offloaded", "sliding_window", "offloaded_static", "dynamic_full"])
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_every_cache(request, kind, name):
+    model = request.getfixturevalue(kind)
+    if (kind, name) == ("llama", "sliding_window"):
+        pytest.skip("nothing of it slides")
+    for way in ways(model).values():
+        given = {**left_padded(), "max_new_tokens": 20, "cache_implementation": name}
+        assert torch.equal(model.generate(**given, **way), model.generate(**given))
+
+
+def test_a_cache_that_rounds_is_refused(llama):
+    with pytest.raises(GenerationError, match=r"rounds depends .*cache_implementation.*Leave the draft out"):
+        llama.generate(prompt(1), cache_implementation="quantized", prompt_lookup_num_tokens=3)
+
+
 def test_prompts_as_vectors(llama):
     embeds = llama.get_input_embeddings()(prompt(2))
     plain = llama.generate(inputs_embeds=embeds, max_new_tokens=16)

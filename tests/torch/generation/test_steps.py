@@ -265,3 +265,33 @@ def test_a_subclass_that_changes_nothing_is_fast_and_one_that_does_is_obeyed(tak
         taken.clear()
         cls(make().config).eval().generate(**inputs(1, False), max_new_tokens=4)
         assert len(taken) == steps
+
+
+# -- windows of speculative decoding -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", [name for name in CASES if not {"d_model", "n_embd"} & set(CASES[name][1])])
+def test_windows_say_what_the_forward_says(name, padded, taken):
+    model, given = make(name), inputs(2, padded)
+    settings = {"max_new_tokens": 16, "prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 1}
+    settings |= {"return_dict_in_generate": True, "output_scores": True, "no_repeat_ngram_size": 6}
+    ours = model.generate(**given, **settings)
+    assert len(taken) > 1
+    hook = model.lm_head.register_forward_hook(lambda *_: None)
+    taken.clear()
+    theirs = model.generate(**given, **settings)
+    hook.remove()
+    assert not taken and torch.equal(ours.sequences, theirs.sequences)
+    torch.testing.assert_close(ours.scores, theirs.scores, atol=2e-4, rtol=1e-4)
+
+
+def test_windows_share_the_copies_of_steps(monkeypatch):
+    monkeypatch.setitem(CASES, "wide", ("LlamaForCausalLM", {"vocab_size": 1100}))
+    model = make("wide", dtype=torch.bfloat16)
+    seen = []
+    for more in ({}, {"prompt_lookup_num_tokens": 2}, {}):
+        model.generate(**inputs(1, False), max_new_tokens=6, weight_copies=True, **more)
+        seen.append({key: entry.stored for key, entry in model.__dict__["_weight_copies"]._entries.items()})
+    assert seen[0] and all(found.keys() == seen[0].keys() for found in seen)
+    assert all(found[key] is stored for found in seen for key, stored in seen[0].items())

@@ -15,7 +15,7 @@ from pretrained.torch.cache import Cache, EncoderDecoderCache, layer_windows
 from pretrained.torch.generation.candidates import NO_TOKEN, Draft
 from pretrained.torch.generation.inputs import GenerationInputs
 from pretrained.torch.generation.logits import LogitsProcessorList
-from pretrained.torch.generation.loop import Decoder, Sequences, keep_room, last_logits
+from pretrained.torch.generation.loop import Decoder, Sequences, last_logits
 from pretrained.torch.generation.strategies import draw
 
 MakeDecoder = Callable[..., Decoder]
@@ -152,7 +152,7 @@ class AssistedCandidateGenerator:
         for column in ids[:, right:].unbind(1):
             self._sequences.append(column)
         if self._decoder.cache is not None:
-            keep_room(self._decoder.cache, count + 1)
+            self._decoder.cache.keep_margin(count + 1)
         if ids.shape[1] - right == 1:
             return last_logits(self._decoder.step(ids[:, -1], self._sequences))
         return last_logits(self._decoder.extend(ids[:, right:], ids))
@@ -190,6 +190,7 @@ class EarlyExitCandidateGenerator:
         self.length = length
         self.rules = rules
         self._decoder, self._layers = decoder, layers
+        self._fork: Decoder | None = None
 
     def get_candidates(
         self, input_ids: torch.Tensor, known: torch.Tensor, limit: int, is_open: Sequence[bool]
@@ -203,10 +204,14 @@ class EarlyExitCandidateGenerator:
             is_open: For each row whether it is not finished yet.
         """
         count = min(self.length.tokens, limit)
-        cache = None if self._decoder.cache is None else _first_caches(self._decoder.cache, self._layers)
-        if cache is not None:
-            keep_room(cache, count + 1)
-        decoder, sequences = self._decoder.fork(self.assistant_model, cache), Sequences(input_ids, count)
+        whole = self._decoder.cache
+        if self._fork is None:
+            cache = None if whole is None else _first_caches(whole, self._layers)
+            self._fork = self._decoder.fork(self.assistant_model, cache)
+        if whole is not None:
+            whole.keep_margin(count + 1)
+        decoder, sequences = self._fork, Sequences(input_ids, count)
+        decoder.follow(self._decoder)
         logits = last_logits(decoder.step(input_ids[:, -1], sequences))
         draft = write_draft(decoder, sequences, logits, known, count, is_open, self.rules)
         decoder.take_back(draft.tokens.shape[1])

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from pretrained.core.generation_config import GenerationConfig
+from pretrained.core.generation_config import GenerationConfig, GenerationMode
 from pretrained.core.generation_fields import FIELDS
 from pretrained.errors import GenerationError, NotYetError
 from pretrained.torch.cache import layer_windows
+from pretrained.torch.cache_quantized import QuantizedLayer
 from pretrained.torch.generation.assisted import (
     AssistedCandidateGenerator,
     DraftLength,
@@ -54,6 +55,13 @@ class Drafting:
     assistant_model: Any = None
     tokenizer: Any = None
     assistant_tokenizer: Any = None
+
+    def checked(
+        self, model: Any, config: GenerationConfig, by_user: frozenset[str], given: dict[str, Any]
+    ) -> Drafting:
+        """Return this, or raise as `check_drafting` does; see there for the arguments."""
+        check_drafting(model, config, by_user, self, given)
+        return self
 
 
 def check_drafting(
@@ -204,8 +212,8 @@ def _check_vocabularies(model: Any, assistant: Any, drafting: Drafting) -> None:
 
 def build_candidates(
     run: Run, drafting: Drafting, inputs: GenerationInputs, decoder_of: Callable[[Any], type[Decoder]]
-) -> CandidateGenerator:
-    """Return the generator of drafts that a call asks for.
+) -> CandidateGenerator | None:
+    """Return the generator of drafts that a call asks for, or None where it asks for none.
 
     Args:
         run: The call.
@@ -214,6 +222,8 @@ def build_candidates(
         decoder_of: Says which decoder runs a model.
     """
     config = run.config
+    if config.get_generation_mode(drafting.assistant_model) is not GenerationMode.ASSISTED_GENERATION:
+        return None
     for rule in run.processors:
         if isinstance(rule, SynthIDTextWatermarkLogitsProcessor):
             raise GenerationError(
@@ -221,6 +231,13 @@ def build_candidates(
                 where="watermarking_config",
                 mend="Leave the draft out, or use WatermarkingConfig.",
             )
+    if any(isinstance(layer, QuantizedLayer) for layer in getattr(run.decoder.cache, "layers", ())):
+        raise GenerationError(
+            "What a quantized cache rounds depends on how many tokens come at once, so drafts would change "
+            "the text",
+            where="past_key_values" if config.cache_implementation is None else "cache_implementation",
+            mend='Leave the draft out, or use another cache, such as "dynamic" or "offloaded".',
+        )
     ends = _as_list(config.eos_token_id)
     if config.prompt_lookup_num_tokens is not None:
         return PromptLookupCandidateGenerator(

@@ -19,7 +19,7 @@ from pretrained.torch.cache import Cache, EncoderDecoderCache
 from pretrained.torch.generation.caches import make_cache
 from pretrained.torch.generation.inputs import GenerationInputs, repeat_inputs, repeat_rows
 from pretrained.torch.generation.settings import parameters
-from pretrained.torch.steps.common import DecodeStep, find_step, run_step
+from pretrained.torch.steps.common import DecodeStep, DecodeWindow, find_step, find_window, run_step
 
 
 class Sequences:
@@ -105,6 +105,7 @@ class Decoder:
         self._fixed = self._fixed_arguments()
         self._mask = self._open_mask(new_tokens)
         self._positions: torch.Tensor | None = None
+        self.window: DecodeWindow | None = None
         self._fast: DecodeStep | None = None
         self._fast_rows = -1
         # Tokens that the model has seen, or would have without a cache.
@@ -210,7 +211,9 @@ class Decoder:
         self._seen += new
         if self.cache is None:
             return self._again(ids, keep=new)
-        keep_room(self.cache, new)
+        self.cache.keep_margin(new)
+        if self.window is not None:
+            return self._run_window(self.window, tokens)
         arguments = dict(self._fixed)
         arguments[self._ids_name] = tokens
         if "logits_to_keep" in arguments:
@@ -265,12 +268,31 @@ class Decoder:
         if self.cache is not None:
             self.cache.crop(-tokens)
 
-    def _fast_step(self, rows: int) -> DecodeStep | None:
-        """Return what stands in for the model's forward from now on, or None where nothing may."""
+    def open_windows(self) -> None:
+        """Let `extend` run what stands in for the model's forward, where something may; after the prompt."""
+        if self.cache is not None and self._may_stand_in():
+            copies, steps = self._config.weight_copies, self._new_tokens
+            self.window = find_window(self.model, self._inputs.rows, self.cache, copies, steps)
+
+    def _run_window(self, window: DecodeWindow, tokens: torch.Tensor) -> Any:
+        assert self.cache is not None
+        new, positions = tokens.shape[1], None
+        if self._positions is not None:
+            positions = self._positions + torch.arange(1, new + 1, device=self._positions.device)
+            self._positions = positions[..., -1:]
+        mask = None if self._mask is None else self._mask[:, : self._seen]
+        return run_step(self.model, window, self.cache, tokens, self._seen - new, positions, mask)
+
+    def _may_stand_in(self) -> bool:
+        """Whether nothing is asked of the forwards but logits."""
         ours = {"return_dict", "use_cache", "past_key_values", "logits_to_keep"}
         if self._inputs.encoder_outputs is not None:
             ours |= {"encoder_outputs", "attention_mask"}
-        if not ours.issuperset(self._fixed) or self._fixed.get("logits_to_keep", 1) != 1:
+        return ours.issuperset(self._fixed) and self._fixed.get("logits_to_keep", 1) == 1
+
+    def _fast_step(self, rows: int) -> DecodeStep | None:
+        """Return what stands in for the model's forward from now on, or None where nothing may."""
+        if not self._may_stand_in():
             return None
         assert self.cache is not None
         encoder_mask = self._fixed.get("attention_mask")
@@ -286,11 +308,19 @@ class Decoder:
         """
         other = copy.copy(self)
         other.model, other.cache = model, cache
-        other._fast, other._fast_rows = None, -1
+        other._fast, other._fast_rows, other.window = None, -1, None
         other._fixed = {name: value for name, value in self._fixed.items() if not name.startswith("output_")}
         if cache is not None:
             other._fixed["past_key_values"] = cache
         return other
+
+    def follow(self, other: Decoder) -> None:
+        """Count on from where the decoder is that this one was forked from; their caches share the tokens.
+
+        Args:
+            other: That decoder.
+        """
+        self._seen, self._positions = other._seen, other._positions
 
     def _forward(self, start: int, end: int) -> Any:
         """Run prompt positions `start` to `end`, counted from the first token that the cache knows."""
@@ -407,7 +437,7 @@ class HookedDecoder(Decoder):
         """
         new = tokens.shape[1]
         if self.cache is not None:
-            keep_room(self.cache, new)
+            self.cache.keep_margin(new)
         self._seen += new
         return self._hooked(ids, 0 if self.cache is None else self._seen - new, keep=new)
 
@@ -497,16 +527,6 @@ def last_logits(output: Any) -> torch.Tensor:
     last = logits[:, -1].float()
     # Copied out of a whole prompt's logits, so that these are freed.
     return last.clone() if logits.shape[1] > 1 and logits.dtype == last.dtype else last
-
-
-def keep_room(cache: Cache, tokens: int) -> None:
-    """Let a cache's sliding layers keep what is needed to take new tokens back.
-
-    Args:
-        cache: The cache, before these tokens.
-        tokens: How many there will be.
-    """
-    cache.keep_margin(tokens)
 
 
 def _embeds_length(inputs: GenerationInputs) -> int:

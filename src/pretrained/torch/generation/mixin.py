@@ -22,7 +22,7 @@ from pretrained.torch.generation import beams, strategies
 from pretrained.torch.generation.batch_mixin import BatchGenerationMixin
 from pretrained.torch.generation.caches import check_cache
 from pretrained.torch.generation.checks import check_beams
-from pretrained.torch.generation.compiled import compiled_decoder
+from pretrained.torch.generation.compiled import choose_decoder
 from pretrained.torch.generation.contrastive import contrastive
 from pretrained.torch.generation.custom import (
     check_custom,
@@ -33,7 +33,7 @@ from pretrained.torch.generation.custom import (
 )
 from pretrained.torch.generation.demands import check_demands
 from pretrained.torch.generation.dola import dola
-from pretrained.torch.generation.drafting import Drafting, build_candidates, check_drafting
+from pretrained.torch.generation.drafting import Drafting, build_candidates
 from pretrained.torch.generation.guidance import guide
 from pretrained.torch.generation.healing import for_healing, heal, heal_by_hand
 from pretrained.torch.generation.inputs import GenerationInputs, lengths_of, prepare_inputs
@@ -173,8 +173,9 @@ class GenerationMixin(BatchGenerationMixin):
             negative_prompt_ids=negative_prompt_ids,
             negative_prompt_attention_mask=negative_prompt_attention_mask,
         )
-        drafting = Drafting(assistant_model, tokenizer, assistant_tokenizer)
-        check_drafting(self, config, by_user, drafting, {"inputs": inputs, **model_inputs})
+        drafting = Drafting(assistant_model, tokenizer, assistant_tokenizer).checked(
+            self, config, by_user, model_inputs
+        )
         strategy: Callable[[strategies.Run], Any] | None = _STRATEGIES.get(mode)
         synced = settle_synced(self, synced_gpus, mode)
         runner: Any = SyncedModel(self) if synced else self
@@ -208,8 +209,6 @@ class GenerationMixin(BatchGenerationMixin):
         criteria = build_criteria(config, lengths, tokenizer=tokenizer, user=stopping_criteria)
         lengths = lengths.reaching(criteria.max_length)
         behind = _may_look_behind(prepared, criteria, streamer)
-        plain = _decoder_of(self)
-        compiled = compiled_decoder(self, prepared, config, mode, is_hooked=plain is HookedDecoder)
         # Contrastive search runs the last token too, to see what it would be like.
         ahead = int(strategy is contrastive)
         heal(runner, config, prepared, tokenizer)
@@ -218,7 +217,7 @@ class GenerationMixin(BatchGenerationMixin):
             config=config,
             inputs=prepared,
             lengths=lengths,
-            decoder=(compiled or plain)(
+            decoder=choose_decoder(self, prepared, config, mode, _decoder_of(self))(
                 self, prepared, config, lengths.new_tokens + ahead, margin=int(behind) + ahead
             ),
             sequences=Sequences(prepared.input_ids, lengths.new_tokens),
@@ -230,8 +229,7 @@ class GenerationMixin(BatchGenerationMixin):
             generator=generator,
             behind=behind,
         )
-        if mode is GenerationMode.ASSISTED_GENERATION:
-            run.candidates = build_candidates(run, drafting, prepared, _decoder_of)
+        run.candidates = build_candidates(run, drafting, prepared, _decoder_of)
         run.decoder.model = runner
         with runner if synced else contextlib.nullcontext():
             result = _stream(strategy, run, ends=custom_generate is None)

@@ -40,6 +40,7 @@ def speculative(run: Run) -> None:
     assert run.candidates is not None
     sequences, window = run.sequences, _Window(run)
     output, draft = run.decoder.prefill(), Draft.empty(sequences.ids)
+    run.decoder.open_windows()
     while True:
         drafted = draft.tokens.shape[1]
         taken = window.check(output, draft)
@@ -52,7 +53,7 @@ def speculative(run: Run) -> None:
         del output
         draft = window.draft(run.candidates)
         newest = sequences.ids[:, -1]
-        if draft.tokens.shape[1]:
+        if draft.tokens.shape[1] or run.decoder.window is not None:
             fed = draft.tokens.clamp(min=0)
             ids = torch.cat([sequences.ids, fed], dim=1)
             output = run.decoder.extend(ids[:, sequences.length - 1 :], ids)

@@ -15,6 +15,12 @@ from pretrained.torch.generation.assisted import AssistedCandidateGenerator
 from pretrained.torch.generation.candidates import NO_TOKEN, Draft
 from pretrained.torch.generation.logits import LogitsProcessor
 
+_BROKEN = "\ufffd"
+"""What decoding makes of a character of which bytes are missing."""
+
+_LONGEST = 8
+"""Tokens that hold a whole character for sure: it has up to four bytes, and some tokens give no text."""
+
 MakeAssistant = Callable[[torch.Tensor], AssistedCandidateGenerator]
 """Makes a generator for a beginning [rows, length] in the assistant's ids."""
 
@@ -109,6 +115,9 @@ class _Row:
 
     def guess(self, ids: list[int], device: torch.device) -> list[int]:
         """Return what the assistant writes after these tokens of the model, in the model's tokens."""
+        if self._target.decode(ids[-_LONGEST:]).endswith(_BROKEN):
+            # A character's first bytes: no text yet that could be translated.
+            return []
         self._follow(ids)
         if not self._ids:
             return []
@@ -119,7 +128,7 @@ class _Row:
         draft = self.assistant.get_candidates(own, none_known, self.assistant.length.tokens, [True])
         drafted = draft.tokens[0].tolist()
         tail = self._ids[-self._own_behind :]
-        new = _added(self._own, tail, tail + drafted)
+        new = _added(self._own, tail, tail + drafted).rstrip(_BROKEN)
         return self._translate(ids, new)
 
     def _follow(self, ids: list[int]) -> None:
@@ -129,8 +138,10 @@ class _Row:
         else:
             window = ids[max(self._read - self._target_behind, 0) :]
             new = _added(self._target, window[: len(window) - (len(ids) - self._read)], window)
-            kept, tail = self._ids[: -self._own_behind], self._ids[-self._own_behind :]
-            self._ids = kept + _encode(self._own, self._own.decode(tail) + new)
+            cut = max(len(self._ids) - self._own_behind, 0)
+            while cut and self._own.decode(self._ids[cut:]).startswith(_BROKEN):
+                cut -= 1
+            self._ids = self._ids[:cut] + _encode(self._own, self._own.decode(self._ids[cut:]) + new)
         self._read = len(ids)
 
     def _translate(self, ids: list[int], new: str) -> list[int]:
@@ -262,5 +273,5 @@ def _added(tokenizer: Any, before: list[int], after: list[int]) -> str:
     """Return the text that the later tokens add."""
     old, new = tokenizer.decode(before), tokenizer.decode(after)
     # An incomplete character at the end is completed by what follows.
-    old = old.rstrip("\ufffd")
+    old = old.rstrip(_BROKEN)
     return new[len(old) :] if new.startswith(old) else tokenizer.decode(after[len(before) :])

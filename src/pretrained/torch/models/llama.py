@@ -29,7 +29,7 @@ from pretrained.torch.model import PreTrainedModel
 from pretrained.torch.nn import RMSNorm, RotaryEmbedding, activation, rotate
 from pretrained.torch.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, finish
 from pretrained.torch.pruning import HeadParts
-from pretrained.torch.steps.llama import LlamaStep
+from pretrained.torch.steps.llama import LlamaStep, LlamaWindow
 
 
 class LlamaMLP(nn.Module):
@@ -259,6 +259,7 @@ class LlamaForCausalLM(LlamaPreTrainedModel, GenerationMixin):
 
     _base_class = LlamaModel
     _decode_step = LlamaStep
+    _decode_window = LlamaWindow
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: arch.LlamaConfig) -> None:

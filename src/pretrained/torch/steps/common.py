@@ -53,6 +53,22 @@ class DecodeStep(Protocol):
         """
 
 
+class DecodeWindow(Protocol):
+    """Several new tokens of each row at once."""
+
+    def __call__(
+        self, tokens: torch.Tensor, position: int, positions: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Run the tokens; return logits [rows, new, vocab].
+
+        Args:
+            tokens: [rows, new] the newest tokens.
+            position: How many tokens the cache holds of each row, padding included.
+            positions: [rows, new] positions of the tokens where rows are padded; None to count on.
+            mask: [rows, position + new] with 0 for padding; None where nothing is padded.
+        """
+
+
 class StepOutput:
     """What a strategy reads of a step."""
 
@@ -94,9 +110,30 @@ def find_step(
     return made
 
 
+def find_window(
+    model: Any, rows: int, cache: Cache, weight_copies: bool | None, steps: int
+) -> DecodeWindow | None:
+    """Return what stands in for a model's forward over several tokens, or None where the forward must run.
+
+    Args:
+        model: The model.
+        rows: Rows of each window.
+        cache: Filled by the prompt.
+        weight_copies: The setting of that name.
+        steps: How many tokens there can be.
+    """
+    window: Any = getattr(type(model), "_decode_window", None)
+    if window is None or not window.fits(model, cache):
+        return None
+    with torch.inference_mode():
+        products = Products(2, copies_of(model, weight_copies, steps), beside=rows)
+        made: DecodeWindow = window(model, cache, products)
+    return made
+
+
 def run_step(
     model: Any,
-    step: DecodeStep,
+    step: DecodeStep | DecodeWindow,
     cache: Cache,
     tokens: torch.Tensor,
     position: int,
@@ -158,10 +195,11 @@ class Products:
     Args:
         rows: Rows of a step.
         copies: Where copies of weights are kept; None to make none.
+        beside: Rows of other steps of the same model: only copies that these read too are made.
     """
 
-    def __init__(self, rows: int, copies: WeightCopies | None) -> None:
-        self._rows, self._copies = rows, copies
+    def __init__(self, rows: int, copies: WeightCopies | None, beside: int | None = None) -> None:
+        self._rows, self._copies, self._beside = rows, copies, beside
 
     def __call__(self, *layers: Any) -> Product:
         """Return the product of layers that read the same input, their outputs side by side.
@@ -198,6 +236,9 @@ class Products:
         form = choose(weight.device, weight.dtype, self._rows, outputs, copies=False)
         return make_product(form, weight.detach().t(), bias)
 
+    def _beside_form(self, weight: torch.Tensor, outputs: int) -> Form:
+        return choose(weight.device, weight.dtype, self._beside or 1, outputs, copies=True)
+
     def dense(self, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> Product:
         """Return the product of weights [out_i, in] that read the same input, their outputs side by side.
 
@@ -207,7 +248,13 @@ class Products:
         """
         first, outputs = weights[0], sum(weight.shape[0] for weight in weights)
         form = choose(first.device, first.dtype, self._rows, outputs, copies=self._copies is not None)
-        if form.is_copy and self._copies is not None and len({w.dtype for w in weights}) == 1:
+        other = form if self._beside is None else self._beside_form(first, outputs)
+        if (
+            form is other
+            and form.is_copy
+            and self._copies is not None
+            and len({w.dtype for w in weights}) == 1
+        ):
             stored = self._copies.get(form, weights)
             if stored is not None:
                 return make_product(form, stored, _joined(weights, biases))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from pretrained.torch.cache import Cache
 from pretrained.torch.inputs import embed_tokens
@@ -54,7 +55,7 @@ class LlamaStep:
         body = model.model
         self.rows, self._cache = rows, cache
         self._embedding, self._rotary = body.embed_tokens, body.rotary_emb
-        self._layers = [_Layer(layer, rows, products) for layer in body.layers]
+        self._layers = [self._make(layer, rows, products) for layer in body.layers]
         self._windows = body.windows
         self._head = products(model.lm_head)
         self._norm = make_norm(body.norm, rows, self._head)
@@ -73,6 +74,9 @@ class LlamaStep:
         for index, (layer, window) in enumerate(zip(self._layers, self._windows, strict=True)):
             x = layer(x, rotary, masks.get(window), self._cache, index)
         return self._head(self._norm(x))[:, None]
+
+    def _make(self, layer: Any, rows: int, products: Products) -> _Layer:
+        return _Layer(layer, rows, products)
 
     def _rotation(
         self, x: torch.Tensor, position: int, positions: torch.Tensor | None
@@ -113,6 +117,8 @@ def _signed(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.T
 class _Layer:
     """One block."""
 
+    new = 1
+
     def __init__(self, layer: Any, rows: int, products: Products) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._width, self._scaling = attention.head_dim, attention.scaling
@@ -151,5 +157,72 @@ class _Layer:
         # The query heads of one key-value head, as if they were queries of one head.
         q = q.view(rows, keys, -1, width)
         x = x + self._out(attend_once(q, k, v, mask, self._scaling).reshape(rows, -1))
+        gate, up = self._up(self._mlp_norm(x)).chunk(2, dim=1)
+        return x + self._down(self._act(gate) * up)
+
+
+class LlamaWindow(LlamaStep):
+    """Several new tokens of each row at once: the window of speculative decoding. See `DecodeWindow`.
+
+    Args:
+        model: A `LlamaForCausalLM`.
+        cache: Filled by the prompt.
+        products: Makes the products.
+    """
+
+    def __init__(self, model: Any, cache: Cache, products: Products) -> None:
+        # Products and norms of two rows or more are all made the same way.
+        super().__init__(model, 2, cache, products)
+        self._model_masks = model.model._masks
+
+    def _make(self, layer: Any, rows: int, products: Products) -> _Layer:
+        return _WindowLayer(layer, rows, products)
+
+    def __call__(
+        self, tokens: torch.Tensor, position: int, positions: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Run the tokens; return logits [B, T, vocab]."""
+        rows, new = tokens.shape
+        x = embed_tokens(self._embedding, tokens, None)
+        masks = self._model_masks(x, mask, self._cache, None, position)
+        if positions is None:
+            positions = torch.arange(position, position + new)[None]
+        cos, sin = _signed(*self._rotary(x, positions))
+        if cos.shape[0] != rows * new:
+            cos, sin = cos.repeat(rows, 1, 1, 1), sin.repeat(rows, 1, 1, 1)
+        x = x.reshape(rows * new, -1)
+        for index, (layer, window) in enumerate(zip(self._layers, self._windows, strict=True)):
+            layer.new = new
+            x = layer(x, (cos, sin), masks[window], self._cache, index)
+        return self._head(self._norm(x)).view(rows, new, -1)
+
+
+class _WindowLayer(_Layer):
+    """One block over several tokens of each row: `new` of them."""
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None,
+        cache: Cache,
+        index: int,
+    ) -> torch.Tensor:
+        tokens, width, queries, keys = x.shape[0], self._width, self._queries, self._keys
+        heads = self._in(self._norm(x)).view(tokens, -1, width)
+        qk, v = heads.split_with_sizes((queries + keys, keys), 1)
+        if self._q_norm is not None:
+            qk = torch.cat([self._q_norm(qk[:, :queries]), self._k_norm(qk[:, queries:])], dim=1)
+        if self._rotates:
+            cos, sin = rotary
+            halves = qk.view(tokens, queries + keys, 2, -1)
+            qk = torch.addcmul(halves * cos, halves.flip(2), sin).view(tokens, -1, width)
+        qk, v = (states.unflatten(0, (-1, self.new)).transpose(1, 2) for states in (qk, v))
+        q, k = qk.split_with_sizes((queries, keys), 1)
+        k, v = cache.update(k, v, index)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=self._scaling, enable_gqa=queries != keys
+        )
+        x = x + self._out(out.transpose(1, 2).reshape(tokens, -1))
         gate, up = self._up(self._mlp_norm(x)).chunk(2, dim=1)
         return x + self._down(self._act(gate) * up)
