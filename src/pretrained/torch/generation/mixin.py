@@ -234,10 +234,7 @@ class GenerationMixin(BatchGenerationMixin):
         sequences = run.sequences.ids.contiguous()
         if not config.return_dict_in_generate:
             return sequences
-        cache: Any = run.decoder.cache
-        if config.return_legacy_cache and cache is not None:
-            cache = cache.to_legacy_cache()
-        return run.recorder.output(sequences, prepared, cache)
+        return run.recorder.output(sequences, prepared, run.decoder.cache)
 
     def prepare_inputs_for_generation(
         self,
