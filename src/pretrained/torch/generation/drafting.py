@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pretrained.core.generation_config import GenerationConfig
+from pretrained.core.generation_config import GenerationConfig, GenerationMode
 from pretrained.core.generation_fields import FIELDS
 from pretrained.errors import GenerationError, NotYetError
 from pretrained.torch.cache import layer_windows
@@ -55,6 +55,13 @@ class Drafting:
     assistant_model: Any = None
     tokenizer: Any = None
     assistant_tokenizer: Any = None
+
+    def checked(
+        self, model: Any, config: GenerationConfig, by_user: frozenset[str], given: dict[str, Any]
+    ) -> Drafting:
+        """Return this, or raise as `check_drafting` does; see there for the arguments."""
+        check_drafting(model, config, by_user, self, given)
+        return self
 
 
 def check_drafting(
@@ -205,8 +212,8 @@ def _check_vocabularies(model: Any, assistant: Any, drafting: Drafting) -> None:
 
 def build_candidates(
     run: Run, drafting: Drafting, inputs: GenerationInputs, decoder_of: Callable[[Any], type[Decoder]]
-) -> CandidateGenerator:
-    """Return the generator of drafts that a call asks for.
+) -> CandidateGenerator | None:
+    """Return the generator of drafts that a call asks for, or None where it asks for none.
 
     Args:
         run: The call.
@@ -215,6 +222,8 @@ def build_candidates(
         decoder_of: Says which decoder runs a model.
     """
     config = run.config
+    if config.get_generation_mode(drafting.assistant_model) is not GenerationMode.ASSISTED_GENERATION:
+        return None
     for rule in run.processors:
         if isinstance(rule, SynthIDTextWatermarkLogitsProcessor):
             raise GenerationError(
