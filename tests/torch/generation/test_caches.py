@@ -259,7 +259,12 @@ def test_strategies_on_every_cache(models, family, kind, strategy):
     # Repeated, so that there is something to look up.
     inputs = {name: value.repeat(1, 2) if family == "T5" else value for name, value in inputs.items()}
     expected = model.generate(**inputs, **settings)
-    found = model.generate(**inputs, **settings, cache_implementation=kind, **CACHES[kind])
+    settings |= {"cache_implementation": kind, **CACHES[kind]}
+    if (kind, strategy) == ("quantized", "prompt lookup"):
+        with pytest.raises(GenerationError, match="drafts would change the text"):
+            model.generate(**inputs, **settings)
+        return
+    found = model.generate(**inputs, **settings)
     if kind != "quantized":
         assert torch.equal(found, expected)
     else:

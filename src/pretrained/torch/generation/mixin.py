@@ -20,8 +20,6 @@ from pretrained.errors import NotYetError
 from pretrained.torch.cache import Cache
 from pretrained.torch.generation import beams, strategies
 from pretrained.torch.generation.batch_mixin import BatchGenerationMixin
-from pretrained.torch.generation.caches import check_cache
-from pretrained.torch.generation.checks import check_beams
 from pretrained.torch.generation.compiled import choose_decoder
 from pretrained.torch.generation.contrastive import contrastive
 from pretrained.torch.generation.custom import (
@@ -190,9 +188,7 @@ class GenerationMixin(BatchGenerationMixin):
             strategy = functools.partial(run_custom, custom_generate, own, more)
         if strategy is None:
             raise NotYetError(f"{mode.value} cannot be run yet", mend=RELEASE)
-        check_cache(config)
         check_files(self)
-        check_beams(self, config)
         prepared = for_healing(config, prepare_inputs(self, config, inputs, model_inputs))
         lengths = lengths_of(self, config, by_user, prepared)
         processors = build_processors(
@@ -238,10 +234,7 @@ class GenerationMixin(BatchGenerationMixin):
         sequences = run.sequences.ids.contiguous()
         if not config.return_dict_in_generate:
             return sequences
-        cache: Any = run.decoder.cache
-        if config.return_legacy_cache and cache is not None:
-            cache = cache.to_legacy_cache()
-        return run.recorder.output(sequences, prepared, cache)
+        return run.recorder.output(sequences, prepared, run.decoder.cache)
 
     def prepare_inputs_for_generation(
         self,
