@@ -181,6 +181,7 @@ _NAMES = {
     "pretrained.torch.generation.stopping": (
         "ConfidenceCriteria",
         "EosTokenCriteria",
+        "InterruptCriteria",
         "MaxLengthCriteria",
         "MaxTimeCriteria",
         "StopStringCriteria",

@@ -131,6 +131,7 @@ from pretrained.torch.generation.outputs import SampleEncoderDecoderOutput as Sa
 from pretrained.torch.generation.prefixes import PrefixCache as PrefixCache
 from pretrained.torch.generation.stopping import ConfidenceCriteria as ConfidenceCriteria
 from pretrained.torch.generation.stopping import EosTokenCriteria as EosTokenCriteria
+from pretrained.torch.generation.stopping import InterruptCriteria as InterruptCriteria
 from pretrained.torch.generation.stopping import MaxLengthCriteria as MaxLengthCriteria
 from pretrained.torch.generation.stopping import MaxTimeCriteria as MaxTimeCriteria
 from pretrained.torch.generation.stopping import StopStringCriteria as StopStringCriteria

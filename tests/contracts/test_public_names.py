@@ -124,7 +124,7 @@ GROUPS = {
         """),
     "when to stop, to pass to generate and to subclass": words("""
         StoppingCriteria StoppingCriteriaList EosTokenCriteria MaxLengthCriteria MaxTimeCriteria
-        StopStringCriteria ConfidenceCriteria
+        StopStringCriteria InterruptCriteria ConfidenceCriteria
         """),
     "text as it is generated": words("""
         BaseStreamer TextStreamer TextIteratorStreamer AsyncTextIteratorStreamer

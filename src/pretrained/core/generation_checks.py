@@ -69,6 +69,12 @@ def contradictions(config: GenerationConfig) -> list[GenerationError]:
             "Raise num_beams or lower num_return_sequences.",
         )
     found += _beam_contradictions(config)
+    if config.dola_layers is not None and beams > 1:
+        add(
+            f"dola_layers is for one sequence at a time, and num_beams={beams}",
+            "dola_layers",
+            "Pass num_beams=1, or leave dola_layers out.",
+        )
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         forced = getattr(config, name)
         forced = [forced] if isinstance(forced, int) else forced
@@ -173,6 +179,8 @@ def effectless(config: GenerationConfig) -> dict[str, str]:
         field = FIELDS[name]
         if getattr(config, name) == field.default:
             continue
+        if name == "penalty_alpha" and (config.do_sample or config.num_beams > 1 or config.top_k < 2):
+            found[name] = "contrastive search is neither sampled nor with beams, and needs top_k of 2 or more"
         contrastive = name == "top_k" and config.penalty_alpha
         if field.group == "sampling" and not config.do_sample and not contrastive:
             found[name] = "it is used only when sampling; set do_sample=True or leave it out"

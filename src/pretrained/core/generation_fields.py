@@ -127,6 +127,10 @@ def _settings(value: Any) -> str | None:
     return None if isinstance(value, Mapping) else "a ContinuousBatchingConfig, or a dict of its settings"
 
 
+def _name(value: Any) -> str | None:
+    return None if isinstance(value, str) and value else "a name"
+
+
 def _anything(value: Any) -> str | None:
     return None
 
@@ -175,7 +179,7 @@ FIELDS: Mapping[str, Field] = {
     "force_words_ids": Field(None, _forced_words, "strategy"),
     "guidance_scale": Field(None, _positive, "strategy"),
     "use_mtp": Field(None, _flag, "strategy", later=True),
-    "speculation_type": Field(None, _anything, "strategy", later=True),
+    "speculation_type": Field(None, _name, "strategy", later=True),
     "prompt_lookup_num_tokens": Field(None, _integer(1), "strategy"),
     "assistant_early_exit": Field(None, _integer(1), "strategy"),
     "token_healing": Field(False, _flag, "strategy"),
@@ -186,7 +190,7 @@ FIELDS: Mapping[str, Field] = {
     "diversity_penalty": Field(0.0, _number("a number", math.isfinite), "beams"),
     # cache
     "use_cache": Field(True, _flag, "cache"),
-    "cache_implementation": Field(None, _anything, "cache"),
+    "cache_implementation": Field(None, _name, "cache"),
     "cache_config": Field(None, _anything, "cache"),
     "max_cache_len": Field(None, _integer(1), "cache"),
     "prefill_chunk_size": Field(None, _integer(1), "cache"),

@@ -17,6 +17,7 @@ from pretrained.torch.models.llama import LlamaForCausalLM
 from pretrained.torch.models.mistral import MistralForCausalLM
 from pretrained.torch.models.t5 import T5ForConditionalGeneration
 from support.generation import ENDS, SIZES, T5_SIZES, build, left_padded, prompt
+from support.oracle import transformers_twin
 
 
 @pytest.fixture(scope="module")
@@ -404,3 +405,23 @@ def test_the_best_of_many(rows, places, count):
     assert torch.equal(best, expected) and torch.equal(index, places_of)
     scores[0, 7] = float("nan")
     assert bool(hypotheses.top(scores, count)[0][0, 0].isnan())
+
+
+# -- trained weights -----------------------------------------------------------------------------
+
+
+@pytest.mark.realweights
+@pytest.mark.slow
+def test_a_trained_model(smollm2_gguf):
+    model = pretrained.AutoModelForCausalLM.from_pretrained(smollm2_gguf)
+    tokenizer = pretrained.AutoTokenizer.from_pretrained(smollm2_gguf, padding_side="left")
+    pair = (model, transformers_twin(model))
+    texts = ["The three primary colours are", "Monday, Tuesday,", "Once upon a time there was a"]
+    batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    end = {"eos_token_id": model.generation_config.eos_token_id or 2, "pad_token_id": 3}
+    for settings in (
+        {"num_beams": 4, "max_new_tokens": 16, "num_return_sequences": 2},
+        {"num_beams": 2, "max_new_tokens": 12, "no_repeat_ngram_size": 2, "length_penalty": 2.0},
+        {"num_beams": 3, "max_new_tokens": 8, "do_sample": True},
+    ):
+        same(pair, **batch, **end, **settings)

@@ -241,6 +241,36 @@ def test_forwards_take_legacy_tuples(models, family):
     assert torch.allclose(rest, whole[:, 5:], atol=1e-5)
 
 
+# -- with strategies that go back, and that change rows ------------------------------------------
+
+STRATEGIES = {
+    "beams": {"num_beams": 3},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 2},
+    "contrastive": {"penalty_alpha": 0.5, "top_k": 3},
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "GPT2", "T5"])
+def test_strategies_on_every_cache(models, family, kind, strategy):
+    model, settings = models[family], {**STRATEGIES[strategy], "max_new_tokens": 14}
+    inputs = prompts(True)
+    # Repeated, so that there is something to look up.
+    inputs = {name: value.repeat(1, 2) if family == "T5" else value for name, value in inputs.items()}
+    expected = model.generate(**inputs, **settings)
+    settings |= {"cache_implementation": kind, **CACHES[kind]}
+    if (kind, strategy) == ("quantized", "prompt lookup"):
+        with pytest.raises(GenerationError, match="drafts would change the text"):
+            model.generate(**inputs, **settings)
+        return
+    found = model.generate(**inputs, **settings)
+    if kind != "quantized":
+        assert torch.equal(found, expected)
+    else:
+        assert found.shape == expected.shape and (found != expected).float().mean() < 0.5
+
+
 # -- cross-attention -----------------------------------------------------------------------------
 
 

@@ -2,6 +2,9 @@
 """The loop on a toy whose answers are known: what it is fed, when it stops, what it leaves behind."""
 
 import gc
+import os
+import signal
+import threading
 import time
 import weakref
 
@@ -17,6 +20,7 @@ from pretrained.torch.generation.logits import LogitsProcessor
 from pretrained.torch.generation.loop import Sequences
 from pretrained.torch.generation.stopping import (
     EosTokenCriteria,
+    InterruptCriteria,
     MaxLengthCriteria,
     MaxTimeCriteria,
     StopCheck,
@@ -273,6 +277,82 @@ def test_a_users_shorter_length_counts(toy):
     assert found.shape == (1, 5)
 
 
+def test_rows_that_all_begin_or_end_alike_need_no_mask(toy):
+    rows = ids([8, 1, 2, 8], [8, 3, 8, 8], [8, 8, 8, 8])[:1].expand(2, -1)
+    assert toy.generate(rows, eos_token_id=8, pad_token_id=8, max_new_tokens=1).shape == (2, 5)
+    padded = ids([8, 8, 3], [1, 2, 3])
+    found = toy.generate(padded, attention_mask=ids([0, 0, 1], [1, 1, 1]), eos_token_id=8, max_new_tokens=1)
+    assert found.shape == (2, 4)
+
+
+def interrupt_at(length, *, times=1):
+    def rule(input_ids, scores, **kwargs):
+        if input_ids.shape[1] == length:
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.001)
+        return False
+
+    return rule
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"do_sample": True, "top_k": 1}])
+def test_ctrl_c_returns_what_there_is(toy, settings):
+    before = signal.getsignal(signal.SIGINT)
+    told = []
+    streamer = TextStreamer(Letters(), skip_prompt=True)
+    streamer.on_finalized_text = lambda text, stream_end=False: told.append(stream_end)
+    with InterruptCriteria() as interrupt:
+        found = toy.generate(
+            ids([1, 1]),
+            max_new_tokens=30,
+            stopping_criteria=[interrupt_at(5), interrupt],
+            streamer=None if settings else streamer,
+            **settings,
+        )
+    assert interrupt.interrupted and found.tolist() == [fibonacci(1, 1, 3)]
+    assert settings or told[-1] is True
+    assert signal.getsignal(signal.SIGINT) is before
+    # The same object serves again.
+    with interrupt:
+        assert toy.generate(ids([1, 1]), max_new_tokens=4, stopping_criteria=[interrupt]).shape == (1, 6)
+
+
+def test_a_second_ctrl_c_ends_everything(toy):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), InterruptCriteria() as interrupt:
+        toy.generate(ids([1, 1]), max_new_tokens=30, stopping_criteria=[interrupt_at(5, times=2), interrupt])
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt):
+        toy.generate(ids([1, 1]), max_new_tokens=30, stopping_criteria=[interrupt_at(5)])
+
+
+def test_another_thread_can_stop_it(toy):
+    interrupt = InterruptCriteria()
+
+    def rule(input_ids, scores, **kwargs):
+        if input_ids.shape[1] == 4:
+            thread = threading.Thread(target=interrupt.stop)
+            thread.start()
+            thread.join()
+        return False
+
+    found = toy.generate(ids([1, 1]), max_new_tokens=30, stopping_criteria=[rule, interrupt])
+    assert found.tolist() == [fibonacci(1, 1, 2)]
+    errors = []
+
+    def enter():
+        try:
+            interrupt.__enter__()
+        except GenerationError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert "Ctrl-C arrives in the main thread" in errors[0]
+
+
 def test_users_criteria_see_the_scores(toy):
     seen = []
 
@@ -363,6 +443,12 @@ BAD_INPUTS = [
         {"input_ids": [[1, 2]]},
         r"must be a tensor of token ids.*found list\. Write torch\.tensor\(input_ids\)",
     ),
+    ({"input_ids": [[1, 2], [3]]}, r"rows are of different lengths: tokenizer\.pad.*padding_side=.left."),
+    (
+        {"input_ids": torch.tensor([[8, 8, 3], [1, 2, 3]]), "eos_token_id": 8, "pad_token_id": 8},
+        r"padded with token 8, which also ends a text.*\(attention_mask\).*or torch\.ones",
+    ),
+    ({"input_ids": torch.tensor([[3, 8], [1, 2]]), "eos_token_id": [8, 9]}, "seem padded with token 8"),
     ({"input_ids": {"input_ids": PROMPT}}, r"found dict\. Pass \*\*input_ids instead"),
     ({"inputs": PROMPT, "input_ids": PROMPT}, "prompt is given twice"),
     (

@@ -87,8 +87,8 @@ ROOMS = (logits_process, stopping_criteria, streamers, watermarking, configurati
 SHARED = [
     name
     for name in pretrained.__all__
-    # Batching has settings of its own, which its own tests compare.
-    if name != "ContinuousBatchingConfig"
+    # Settings of batching and compiling are not those of transformers; their own tests compare them.
+    if name not in ("ContinuousBatchingConfig", "CompileConfig")
     and any(getattr(getattr(room, name, None), "__module__", "") == room.__name__ for room in ROOMS)
 ]
 
@@ -176,12 +176,20 @@ def test_a_users_rules_are_merged_as_in_transformers(users):
     assert _merge(mine, given) == list(expected)
 
 
-@pytest.mark.parametrize("missing", [None, *EVERYTHING])
-def test_the_order_of_rules_is_that_of_transformers(missing):
-    """With all of them, and with each one left out."""
+ORDERS = [(missing, 1, 2) for missing in EVERYTHING]
+ORDERS += [(None, beams, ends) for beams in (1, 3) for ends in (2, [2, 3, 5], None)]
+
+
+@pytest.mark.parametrize(("missing", "beams", "ends"), ORDERS, ids=str)
+def test_the_order_of_rules_is_that_of_transformers(missing, beams, ends):
+    """With all of them, and with each one left out; filters keep as many tokens as there."""
+    missing = "eos_token_id" if ends is None else missing
     settings = {name: value for name, value in EVERYTHING.items() if name != missing}
+    settings["num_beams"] = beams
     if missing == "eos_token_id":
         del settings["exponential_decay_length_penalty"]
+    else:
+        settings["eos_token_id"] = ends
     model = transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=8, d_model=4, d_kv=2, d_ff=4, num_layers=1, num_heads=1)
     )
@@ -206,4 +214,6 @@ def test_the_order_of_rules_is_that_of_transformers(missing):
         prefix_allowed_tokens_fn=lambda row, ids: [1],
         vocab_size=8,
     )
-    assert [type(rule).__name__ for rule in found] == [type(rule).__name__ for rule in expected]
+    for ours, other in zip(found, expected, strict=True):
+        assert type(ours).__name__ == type(other).__name__
+        assert getattr(ours, "min_tokens_to_keep", 1) == getattr(other, "min_tokens_to_keep", 1), ours

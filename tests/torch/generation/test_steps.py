@@ -8,6 +8,7 @@ from torch import nn
 import pretrained
 from pretrained.torch.generation import loop
 from pretrained.torch.steps import common
+from support.oracle import transformers_twin
 
 SIZES = {
     "vocab_size": 61,
@@ -295,3 +296,17 @@ def test_windows_share_the_copies_of_steps(monkeypatch):
         seen.append({key: entry.stored for key, entry in model.__dict__["_weight_copies"]._entries.items()})
     assert seen[0] and all(found.keys() == seen[0].keys() for found in seen)
     assert all(found[key] is stored for found in seen for key, stored in seen[0].items())
+
+
+@pytest.mark.realweights
+@pytest.mark.parametrize("copies", [False, True])
+def test_tokens_of_trained_weights_equal_transformers(smollm2_gguf, copies, taken):
+    model = pretrained.AutoModelForCausalLM.from_pretrained(smollm2_gguf)
+    tokenizer = pretrained.AutoTokenizer.from_pretrained(smollm2_gguf, padding_side="left")
+    texts = ["The three primary colours are", "Once upon a time there was a king who"]
+    twin = transformers_twin(model)
+    for batch in (texts[:1], texts):
+        given = dict(tokenizer(batch, padding=True, return_tensors="pt"))
+        expected = twin.generate(**given, max_new_tokens=32, do_sample=False)
+        assert torch.equal(model.generate(**given, max_new_tokens=32, weight_copies=copies), expected)
+    assert taken

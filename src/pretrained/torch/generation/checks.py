@@ -27,6 +27,11 @@ def check_ids(ids: Any, vocab_size: int | None, name: str, *, may_be_empty: bool
     if not isinstance(ids, torch.Tensor):
         kind = type(ids).__name__
         mend = f"Pass **{name} instead." if hasattr(ids, "keys") else f"Write torch.tensor({name})."
+        if isinstance(ids, list | tuple) and len({len(row) for row in ids if hasattr(row, "__len__")}) > 1:
+            mend = (
+                'Its rows are of different lengths: tokenizer.pad({"input_ids": ...}, padding_side="left", '
+                'return_tensors="pt") makes ids and attention_mask of them.'
+            )
         raise GenerationError(f"{name} must be a tensor of token ids", where=name, found=kind, mend=mend)
     if ids.dim() != 2:
         mend = f"Write {name}.unsqueeze(0) for a batch of one." if ids.dim() == 1 else "Pass one id a token."

@@ -163,17 +163,17 @@ def capture(run: Callable[[], None]) -> Callable[[], None]:
     return graph.replay  # type: ignore[no-any-return]
 
 
-def compiled_decoder(
-    model: Any, inputs: GenerationInputs, config: GenerationConfig, mode: GenerationMode, *, is_hooked: bool
-) -> type[Decoder] | None:
-    """Return the decoder that a config's compiling asks for; None where it asks for none.
+def choose_decoder(
+    model: Any, inputs: GenerationInputs, config: GenerationConfig, mode: GenerationMode, plain: type[Decoder]
+) -> type[Decoder]:
+    """Return the decoder that a config's compiling asks for; the plain one where it asks for none.
 
     Args:
         model: The model that generates.
         inputs: What it starts from.
         config: The settled config.
         mode: The strategy.
-        is_hooked: Whether the model prepares its own inputs.
+        plain: The decoder of steps that are not compiled.
 
     Raises:
         GenerationError: something of the call does not go with a compiled step.
@@ -181,10 +181,10 @@ def compiled_decoder(
         MissingDependencyError: there is no C++ compiler.
     """
     if not wants_compile(config):
-        return None
+        return plain
     _check_call(config, inputs.cache, mode)
     _check_model(model)
-    if is_hooked:
+    if plain is not Decoder:
         raise GenerationError(
             f"{type(model).__name__} prepares its own inputs, which compiled steps do not do",
             where="compile",

@@ -8,6 +8,8 @@ from typing import Any
 
 from pretrained.core.generation_config import GenerationConfig, GenerationMode
 from pretrained.errors import GenerationError
+from pretrained.torch.generation.caches import check_cache
+from pretrained.torch.generation.checks import check_beams
 from pretrained.torch.generation.dola import candidate_layers
 from pretrained.torch.generation.healing import refuse_encoders
 
@@ -39,6 +41,8 @@ def check_demands(
         GenerationError: names the argument and the mend.
     """
     _check_streamer(streamer, config)
+    check_beams(model, config)
+    check_cache(config)
     if mode is GenerationMode.CONTRASTIVE_SEARCH:
         _check_contrastive(config, inputs.get("past_key_values"))
     if mode is GenerationMode.DOLA_GENERATION:

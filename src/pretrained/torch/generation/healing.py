@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pretrained.core.generation_config import GenerationConfig
 from pretrained.errors import GenerationError
 from pretrained.torch.generation.checks import check_ids, vocabulary
 from pretrained.torch.generation.inputs import GenerationInputs
@@ -99,15 +100,18 @@ def healed(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, tokenizer: 
     return result
 
 
-def for_healing(inputs: GenerationInputs) -> GenerationInputs:
-    """Return prepared inputs whose ids are their own, so that they can be changed.
+def for_healing(config: GenerationConfig, inputs: GenerationInputs) -> GenerationInputs:
+    """Return prepared inputs; where they are to be healed, with ids of their own that can be changed.
 
     Args:
+        config: The settled config.
         inputs: The prepared inputs.
 
     Raises:
         GenerationError: the prompt, or its beginning, is not there as ids.
     """
+    if not config.token_healing:
+        return inputs
     if inputs.inputs_embeds is not None or inputs.past_length:
         raise GenerationError(
             "Token healing looks at the whole prompt as ids",
@@ -119,15 +123,17 @@ def for_healing(inputs: GenerationInputs) -> GenerationInputs:
     return dataclasses.replace(inputs, input_ids=ids, encoder_input_ids=ids)
 
 
-def heal(model: Any, inputs: GenerationInputs, tokenizer: Any) -> None:
-    """Heal prepared prompts, in place.
+def heal(model: Any, config: GenerationConfig, inputs: GenerationInputs, tokenizer: Any) -> None:
+    """Heal prepared prompts in place, where the call asks for it.
 
     Args:
         model: The model that generates.
+        config: The settled config.
         inputs: From `for_healing`.
         tokenizer: Of the prompt.
     """
-    inputs.input_ids.copy_(healed(model, inputs.input_ids, inputs.attention_mask, tokenizer))
+    if config.token_healing:
+        inputs.input_ids.copy_(healed(model, inputs.input_ids, inputs.attention_mask, tokenizer))
 
 
 def heal_by_hand(model: Any, ids: Any, tokenizer: Any) -> torch.Tensor:

@@ -198,7 +198,11 @@ def _decoder_mask(
 ) -> torch.Tensor | None:
     pad = config.pad_token_id
     if mask is None:
-        if embeds is not None or pad is None or pad in _as_list(config.eos_token_id):
+        if embeds is not None:
+            return None
+        ends = _as_list(config.eos_token_id)
+        if pad is None or pad in ends:
+            _refuse_mixed_lengths(ids, pad if pad is not None or not ends else ends[0])
             return None
         if not bool((ids == pad).any()):
             return None
@@ -212,6 +216,21 @@ def _decoder_mask(
             'Pad on the left: tokenizer.padding_side = "left".'
         )
     return mask
+
+
+def _refuse_mixed_lengths(ids: torch.Tensor, pad: int | None) -> None:
+    """Raise where rows look padded to one length with a token that may also be text."""
+    if pad is None or ids.shape[0] == 1:
+        return
+    other = (ids != pad).int()
+    begins, ends = other.argmax(dim=1), other.flip(1).argmax(dim=1)
+    if bool((begins != begins[0]).any() | (ends != ends[0]).any()):
+        raise GenerationError(
+            f"The rows seem padded with token {pad}, which also ends a text, and there is no mask to tell",
+            where="attention_mask",
+            mend="Pass the mask that the tokenizer returned with these ids: generate(**inputs); or "
+            "torch.ones_like(input_ids) where all of it is text.",
+        )
 
 
 def _check_cache(cache: Any, config: GenerationConfig) -> Cache | None:

@@ -7,6 +7,7 @@ first forward, and nothing of it stays on the model afterwards.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterable
@@ -19,9 +20,7 @@ from pretrained.errors import NotYetError
 from pretrained.torch.cache import Cache
 from pretrained.torch.generation import beams, strategies
 from pretrained.torch.generation.batch_mixin import BatchGenerationMixin
-from pretrained.torch.generation.caches import check_cache
-from pretrained.torch.generation.checks import check_beams
-from pretrained.torch.generation.compiled import compiled_decoder
+from pretrained.torch.generation.compiled import choose_decoder
 from pretrained.torch.generation.contrastive import contrastive
 from pretrained.torch.generation.custom import (
     check_custom,
@@ -44,6 +43,7 @@ from pretrained.torch.generation.settings import RELEASE, settle
 from pretrained.torch.generation.speculative import speculative
 from pretrained.torch.generation.stopping import (
     EosTokenCriteria,
+    InterruptCriteria,
     MaxLengthCriteria,
     MaxTimeCriteria,
     StoppingCriteriaList,
@@ -178,17 +178,18 @@ class GenerationMixin(BatchGenerationMixin):
         synced = settle_synced(self, synced_gpus, mode)
         runner: Any = SyncedModel(self) if synced else self
         if custom_generate is not None:
-            more = {"streamer": streamer, "tokenizer": tokenizer, "generator": generator}
-            more |= {"assistant_model": assistant_model, "synced_gpus": synced or None}
+            more = {
+                "streamer": streamer,
+                "tokenizer": tokenizer,
+                "generator": generator,
+                "assistant_model": assistant_model,
+                "synced_gpus": synced or None,
+            }
             strategy = functools.partial(run_custom, custom_generate, own, more)
         if strategy is None:
             raise NotYetError(f"{mode.value} cannot be run yet", mend=RELEASE)
-        check_cache(config)
         check_files(self)
-        check_beams(self, config)
-        prepared = prepare_inputs(self, config, inputs, model_inputs)
-        if config.token_healing:
-            prepared = for_healing(prepared)
+        prepared = for_healing(config, prepare_inputs(self, config, inputs, model_inputs))
         lengths = lengths_of(self, config, by_user, prepared)
         processors = build_processors(
             config,
@@ -204,18 +205,15 @@ class GenerationMixin(BatchGenerationMixin):
         criteria = build_criteria(config, lengths, tokenizer=tokenizer, user=stopping_criteria)
         lengths = lengths.reaching(criteria.max_length)
         behind = _may_look_behind(prepared, criteria, streamer)
-        plain = _decoder_of(self)
-        compiled = compiled_decoder(self, prepared, config, mode, is_hooked=plain is HookedDecoder)
         # Contrastive search runs the last token too, to see what it would be like.
         ahead = int(strategy is contrastive)
-        if config.token_healing:
-            heal(runner, prepared, tokenizer)
+        heal(runner, config, prepared, tokenizer)
         run = strategies.Run(
             model=runner,
             config=config,
             inputs=prepared,
             lengths=lengths,
-            decoder=(compiled or plain)(
+            decoder=choose_decoder(self, prepared, config, mode, _decoder_of(self))(
                 self, prepared, config, lengths.new_tokens + ahead, margin=int(behind) + ahead
             ),
             sequences=Sequences(prepared.input_ids, lengths.new_tokens),
@@ -229,20 +227,14 @@ class GenerationMixin(BatchGenerationMixin):
         )
         run.candidates = build_candidates(run, drafting, prepared, _decoder_of)
         run.decoder.model = runner
-        try:
+        with runner if synced else contextlib.nullcontext():
             result = _stream(strategy, run, ends=custom_generate is None)
-        finally:
-            if synced:
-                runner.finish()
         if custom_generate is not None:
             return result
         sequences = run.sequences.ids.contiguous()
         if not config.return_dict_in_generate:
             return sequences
-        cache: Any = run.decoder.cache
-        if config.return_legacy_cache and cache is not None:
-            cache = cache.to_legacy_cache()
-        return run.recorder.output(sequences, prepared, cache)
+        return run.recorder.output(sequences, prepared, run.decoder.cache)
 
     def prepare_inputs_for_generation(
         self,
@@ -340,7 +332,7 @@ def _padding(config: GenerationConfig) -> int | None:
 
 def _may_look_behind(inputs: GenerationInputs, criteria: StoppingCriteriaList, streamer: Any) -> bool:
     """Whether nobody needs the tokens on the host, so that it need not wait for the device."""
-    on_device = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)
+    on_device = (EosTokenCriteria, InterruptCriteria, MaxLengthCriteria, MaxTimeCriteria)
     return (
         inputs.input_ids.is_cuda
         and streamer is None

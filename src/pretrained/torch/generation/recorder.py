@@ -29,6 +29,7 @@ class Recorder:
 
     def __init__(self, config: GenerationConfig, *, own_rules: bool = False) -> None:
         asked = config.return_dict_in_generate
+        self._legacy = bool(config.return_legacy_cache)
         self._returns_scores = asked and config.output_scores
         # A drafting model stops by its scores.
         keeps_scores = self._returns_scores or config.is_assistant
@@ -113,8 +114,10 @@ class Recorder:
         Args:
             sequences: [rows, length].
             inputs: The prepared inputs.
-            cache: The cache as it is now, or None.
+            cache: The cache as it is now, or None; `return_legacy_cache` makes tuples of it.
         """
+        if self._legacy and cache is not None:
+            cache = cache.to_legacy_cache()
         layers = {name: tuple(steps) for name, steps in self._layers.items() if steps}
         common: dict[str, Any] = {
             "sequences": sequences,

@@ -150,22 +150,25 @@ def sampling_filters(config: GenerationConfig) -> list[Rule]:
         config: The settled config.
     """
     found: list[Rule] = []
+    ends = config.eos_token_id
+    # Beams need a token to go on with beside every one that ends them.
+    keep = 1 if config.num_beams == 1 else 1 + (len(ends) if isinstance(ends, list) else 1)
     if config.temperature != 1.0:
         found.append(warpers.TemperatureLogitsWarper(config.temperature))
     if config.top_h is not None:
         found.append(warpers.TopHLogitsWarper(config.top_h))
     if config.top_k > 0:
-        found.append(warpers.TopKLogitsWarper(config.top_k))
+        found.append(warpers.TopKLogitsWarper(config.top_k, min_tokens_to_keep=keep))
     if config.top_p < 1.0:
-        found.append(warpers.TopPLogitsWarper(config.top_p))
+        found.append(warpers.TopPLogitsWarper(config.top_p, min_tokens_to_keep=keep))
     if config.min_p is not None:
-        found.append(warpers.MinPLogitsWarper(config.min_p))
+        found.append(warpers.MinPLogitsWarper(config.min_p, min_tokens_to_keep=keep))
     if config.typical_p < 1.0:
-        found.append(warpers.TypicalLogitsWarper(config.typical_p))
+        found.append(warpers.TypicalLogitsWarper(config.typical_p, min_tokens_to_keep=keep))
     if config.epsilon_cutoff > 0.0:
-        found.append(warpers.EpsilonLogitsWarper(config.epsilon_cutoff))
+        found.append(warpers.EpsilonLogitsWarper(config.epsilon_cutoff, min_tokens_to_keep=keep))
     if config.eta_cutoff > 0.0:
-        found.append(warpers.EtaLogitsWarper(config.eta_cutoff))
+        found.append(warpers.EtaLogitsWarper(config.eta_cutoff, min_tokens_to_keep=keep))
     return found
 
 

@@ -8,6 +8,8 @@ A rule is called with ``(input_ids [rows, length], scores)`` after each token an
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -150,6 +152,58 @@ class ConfidenceCriteria(StoppingCriteria):
         newest = scores[-1].float()
         chosen = newest.gather(1, input_ids[:, -1:])[:, 0] - newest.logsumexp(-1)
         return chosen.exp() < self.assistant_confidence_threshold
+
+
+class InterruptCriteria(StoppingCriteria):
+    """Every row is finished when somebody interrupts: `generate` returns what there is.
+
+    Used as a context, Ctrl-C finishes the token that is being made and ends the call as if it were finished;
+    a second Ctrl-C raises KeyboardInterrupt at once. `stop` does the same from another thread.
+
+        with InterruptCriteria() as interrupt:
+            output = model.generate(**inputs, stopping_criteria=[interrupt])
+        if interrupt.interrupted: ...
+
+    Attributes:
+        interrupted: Whether somebody did.
+    """
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._before: Any = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> bool:
+        """Return whether every row is finished."""
+        return self.interrupted
+
+    def stop(self) -> None:
+        """Let generation end after the token that is being made."""
+        self.interrupted = True
+
+    def __enter__(self) -> InterruptCriteria:
+        """Take Ctrl-C over from whoever had it.
+
+        Raises:
+            GenerationError: not in the main thread, where Ctrl-C arrives.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            raise GenerationError(
+                "Ctrl-C arrives in the main thread, and this is another one",
+                where="InterruptCriteria",
+                mend="Write `with InterruptCriteria() as interrupt:` in the main thread, or call its stop().",
+            )
+        self.interrupted = False
+        self._before = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give Ctrl-C back."""
+        signal.signal(signal.SIGINT, signal.default_int_handler if self._before is None else self._before)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
 
 
 class StoppingCriteriaList(list[Callable[..., torch.Tensor | bool]]):

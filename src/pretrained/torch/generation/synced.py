@@ -82,6 +82,12 @@ class SyncedModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["unsynced"], name)
 
+    def __enter__(self) -> SyncedModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.finish()
+
     def finish(self) -> None:
         """Run forwards of no use until every process is finished."""
         if not self._arguments:
