@@ -136,7 +136,7 @@ def test_files_that_are_no_config(folder, name, cls):
 def test_a_config_of_a_hundred_gigabytes(folder):
     with open(folder.path / "config.json", "r+b") as opened:
         opened.truncate(10**11)
-    fails(ConfigError, r"too large to be a config .*at most 100000000 bytes, found 100000000000", folder.path)
+    fails(ConfigError, r"too large to be a config .*at most 20000000 bytes, found 100000000000", folder.path)
 
 
 def test_a_byte_order_mark_is_no_fault(folder):

@@ -46,7 +46,7 @@ SAYS = {
     "folder": "a folder|no weights",
     "dangling": "a link that leads nowhere",
     "loop": "Too many levels",
-    "device": "neither a file nor a folder|leads out of the folder",
+    "device": "neither a file nor a folder|leads out of the (model.s )?folder",
     "empty": "empty file|too short|Expecting value",
 }
 SHAPES = {

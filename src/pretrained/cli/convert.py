@@ -29,6 +29,7 @@ from pretrained.core.registry import FAMILIES, model_type_of
 from pretrained.core.report import format_bytes
 from pretrained.core.safetensors_file import read_safetensors_header
 from pretrained.core.torch_pickle import read_torch_checkpoint
+from pretrained.core.untrusted import leads_out
 from pretrained.core.weights_names import candidates
 from pretrained.core.writer import ShardPlan, TensorSource, plan_shards
 from pretrained.errors import (
@@ -348,12 +349,12 @@ def _add_files(job: _Job, folder: Path) -> None:
         _write_gguf_tokenizer(job, folder)
         return
     names = [name for name in job.source.listing() if name.startswith(_TEMPLATES) and name.endswith(".jinja")]
-    found = {name: job.source.file(name, required=False) for name in (*_CARRIED, *sorted(names))}
-    files = {name: file for name, file in found.items() if file is not None}
-    outside = [name for name, file in files.items() if core.leads_out(file, job.source.folder)]
+    carried = [*_CARRIED, *sorted(names)]
+    outside = [name for name in carried if leads_out(job.source.folder, job.source.folder / name)]
     if outside:
         job.notes.append(f"left behind, for they are links out of the folder: {', '.join(outside)}")
-    core.carry({name: file for name, file in files.items() if name not in outside}, folder)
+    found = {name: job.source.file(name, required=False) for name in carried if name not in outside}
+    core.carry({name: file for name, file in found.items() if file is not None}, folder)
     code = sorted(name for name in job.source.listing() if name.endswith(".py"))
     if code:
         job.notes.append(f"code is left behind: {', '.join(code[:5])}")

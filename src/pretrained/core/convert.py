@@ -514,18 +514,6 @@ def carry(files: Mapping[str, Path], folder: Path) -> None:
                 os.replace(fresh, place)
 
 
-def leads_out(file: Path, folder: Path) -> bool:
-    """Tell whether a file of a model's folder is a link to somewhere else than the Hub cache's own blobs.
-
-    Args:
-        file: The file.
-        folder: The folder.
-    """
-    target, inside = file.resolve(), folder.resolve()
-    blobs = [parent.parent / "blobs" for parent in inside.parents if parent.name == "snapshots"]
-    return inside not in target.parents and not any(place in target.parents for place in blobs)
-
-
 def check_target(target: Path, source: Path | None, *, force: bool) -> None:
     """Raise where a conversion must not write.
 
