@@ -13,7 +13,6 @@ from pretrained.core.convert import (
     Reading,
     cast,
     check_target,
-    leads_out,
     plan_conversion,
     same_bytes,
     verify,
@@ -131,22 +130,6 @@ def test_a_link_in_the_place_of_the_work_folder(tmp_path):
     work_path(tmp_path / "dst").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(FileError, match="The folder to work in is a link"), work_folder(tmp_path / "dst"):
         pass
-
-
-def test_links_of_the_hubs_cache_stay_inside(tmp_path):
-    snapshot = tmp_path / "models--a--b" / "snapshots" / "123"
-    snapshot.mkdir(parents=True)
-    (tmp_path / "models--a--b" / "blobs").mkdir()
-    (tmp_path / "models--a--b" / "blobs" / "abc").write_text("x")
-    (snapshot / "config.json").symlink_to("../../blobs/abc")
-    (tmp_path / "secret").write_text("x")
-    (snapshot / "vocab.txt").symlink_to(tmp_path / "secret")
-    (snapshot / "plain").write_text("x")
-    assert [leads_out(snapshot / name, snapshot) for name in ("config.json", "vocab.txt", "plain")] == [
-        False,
-        True,
-        False,
-    ]
 
 
 def test_the_folder_of_the_file_that_is_converted(tmp_path):
