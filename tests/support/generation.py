@@ -36,6 +36,7 @@ def build(cls, config):
     torch.manual_seed(3)
     model = cls(config).eval()
     for parameter in model.parameters():
+        # Wide enough that the scores of random weights differ clearly.
         parameter.data.normal_(0, 0.3)
     return model, transformers_twin(model)
 

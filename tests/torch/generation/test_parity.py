@@ -18,41 +18,7 @@ from pretrained.torch.models.gpt2 import GPT2LMHeadModel
 from pretrained.torch.models.llama import LlamaForCausalLM
 from pretrained.torch.models.mistral import MistralForCausalLM
 from pretrained.torch.models.t5 import T5ForConditionalGeneration
-from support.oracle import transformers_twin
-
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-T5_SIZES = {
-    "vocab_size": 61,
-    "d_model": 32,
-    "d_ff": 48,
-    "d_kv": 8,
-    "num_layers": 2,
-    "num_heads": 4,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "decoder_start_token_id": 0,
-}
-ENDS = [2, 7, 11, 30, 41, 52]
-
-
-def build(cls, config):
-    torch.manual_seed(3)
-    model = cls(config).eval()
-    for parameter in model.parameters():
-        # Wide enough that the scores of random weights differ clearly.
-        parameter.data.normal_(0, 0.3)
-    return model, transformers_twin(model)
+from support.generation import ENDS, SIZES, T5_SIZES, build, left_padded, prompt
 
 
 @pytest.fixture(scope="module")
@@ -74,18 +40,6 @@ def t5():
 def gpt2():
     sizes = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
     return build(GPT2LMHeadModel, GPT2Config(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2))
-
-
-def prompt(rows=3, length=8, seed=0, low=3):
-    return torch.randint(low, 61, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def left_padded(rows=3, length=8):
-    ids = prompt(rows, length)
-    mask = torch.ones_like(ids)
-    for row in range(rows):
-        ids[row, : 2 * row], mask[row, : 2 * row] = 0, 0
-    return ids, mask
 
 
 def same(pair, *args, seed=0, **kwargs):
